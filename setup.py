@@ -1,0 +1,53 @@
+"""datasel: `pip install -e .[demo]`.  The core install and the core import stay free of TensorFlow and torch."""
+
+import pathlib
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+
+CORE = [
+  'absl-py>=2.1',
+  'array_record>=0.8',
+  'flax>=0.12.8,<0.13',
+  'grain>=0.2.18',
+  'jax>=0.10.2,<0.12',
+  'matplotlib>=3.9',
+  'ml_collections>=1.1',
+  'numpy>=2.0',
+  'optax>=0.2.8',
+  'orbax-checkpoint>=0.12,<0.13',
+  'pyarrow>=17',
+  'pyyaml>=6',
+  'sentencepiece>=0.2.1',
+  'tensorboardX>=2.6',
+  'tokenizers>=0.21',
+  'transformers>=5.0',
+  'zstandard>=0.22',
+]
+
+EXTRAS = {
+  'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
+  'tpu': ['jax[tpu]>=0.10.2,<0.12'],
+  'seqio': ['seqio>=0.0.20', 'apache-beam>=2.60', 'google-crc32c>=1.5', 'sentencepiece>=0.2.1,<0.2.3'],
+  'eval': ['lm-eval>=0.4.13'],
+  'demo': ['unearth>=0.17'],
+  'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'unearth>=0.17'],
+  'dev': ['datasets>=4', 'jupyterlab>=4', 'wandb>=0.19'],
+}
+EXTRAS['dev'] += EXTRAS['test']
+EXTRAS['all'] = sorted({requirement for name in ('demo', 'dev', 'eval', 'seqio', 'test') for requirement in EXTRAS[name]})
+
+setuptools.setup(
+  name='datasel',
+  version='0.1.0',
+  description='Choosing what language models are pre-trained on: published data-selection systems on one JAX train step',
+  long_description=(HERE / 'README.md').read_text(encoding='utf-8') if (HERE / 'README.md').exists() else '',
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['datasel', 'datasel.*']),
+  package_data={'datasel': ['py.typed']},
+  install_requires=CORE,
+  extras_require=EXTRAS,
+)

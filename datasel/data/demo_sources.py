@@ -107,7 +107,8 @@ _LINE_ENDS = re.compile(
 
 def page_lines(page: str) -> list[str]:
   """The lines of text that an HTML page shows, without markup and with single spaces."""
-  text = html.unescape(re.sub(r'<[^>]+>', ' ', _LINE_ENDS.sub('\n', _UNSEEN.sub(' ', page))))
+  flowing = ' '.join(_UNSEEN.sub(' ', page).split())  # a browser takes the source's own line ends for spaces
+  text = html.unescape(re.sub(r'<[^>]+>', ' ', _LINE_ENDS.sub('\n', flowing)))
   return [words for line in text.split('\n') if (words := ' '.join(line.split()))]
 
 
@@ -149,7 +150,8 @@ def biomed(path: pathlib.Path, dropped: Counter) -> Documents:
           dropped['copyright line'] += 1
         else:
           heading = '' if title is None else ''.join(title.itertext()) + '\n\n'
-          yield f'pmid:{element.findtext(".//PMID")}', heading + '\n'.join(abstract)
+          number = element.find('.//PMID')
+          yield f'pmid:{number.text}.{number.get("Version")}', heading + '\n'.join(abstract)
         element.clear()
 
 
@@ -158,9 +160,9 @@ def legal(path: pathlib.Path, dropped: Counter) -> Documents:
   openings = set()
   with zipfile.ZipFile(path) as wheel:
     for name in wheel.namelist():
-      if not name.endswith('.LICENSE'):
+      if not re.fullmatch(r'licensedcode/data/licenses/[^/]+\.LICENSE', name):
         continue
-      header, text = wheel.read(name).decode('utf-8').split('---\n', 2)[1:]
+      header, _, text = wheel.read(name).decode('utf-8').partition('\n---\n')  # a few have no text
       opening = hashlib.sha256(re.sub(r'\W+', ' ', text.lower()).strip()[:2000].encode()).digest()
       if re.search(r'^language:', header, re.MULTILINE):
         dropped['not English'] += 1
@@ -224,7 +226,9 @@ def apidocs(_: None, dropped: Counter) -> Documents:
       except SyntaxError:  # a module for a newer Python
         dropped['module does not parse'] += 1
         continue
-      for node in ast.walk(tree):
+      nodes = [tree]
+      for node in nodes:  # grows as it is read; expressions hold no docstrings and are most of a tree
+        nodes.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt | ast.excepthandler))
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
           text = ast.get_docstring(node)
           if text:

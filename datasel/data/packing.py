@@ -1,7 +1,8 @@
 """Documents to fixed-length records, and records to the model's batch.  Pure numpy.
 
-The documents of one source are laid end to end, each as [bos?] + tokens + [eos?]; record k holds stream[k*L : k*L + L + 1].  Neighbouring
-records share one token, so every token but the first of its document is a target exactly once.  The last record is padded.
+The documents of one source are laid end to end, each as [bos?] + tokens + [eos?]; record k holds
+stream[k*L : k*L + L + 1].  Neighbouring records share one token, so every token but the first of its document is a
+target exactly once.  The last record is padded.
 """
 
 from collections.abc import Sequence
@@ -12,16 +13,19 @@ NAME = 'concatenate-overlap-1'
 
 
 def record_dtype(length: int, vocab_size: int) -> np.dtype:
-  """One record: tokens (L+1,) uint16 (uint32 when an id needs it), starts: a bit per token that begins a document (little
-  bit order), valid: how many tokens are real."""
+  """One record: tokens (L+1,) uint16, or uint32 when an id needs it; starts: a bit for each token, set where it begins
+  a document (little bit order); valid: how many tokens are real."""
   token = '<u2' if vocab_size <= 1 << 16 else '<u4'
-  return np.dtype([('tokens', token, (length + 1,)), ('starts', 'u1', ((length + 8) // 8,)), ('valid', '<u4')], align=True)
+  bits = (length + 8) // 8
+  # Whole words by zero bits of our own: numpy's alignment would leave bytes between the fields that no one sets.
+  fill = -((length + 1) * np.dtype(token).itemsize + bits) % 4
+  return np.dtype([('tokens', token, (length + 1,)), ('starts', 'u1', (bits + fill,)), ('valid', '<u4')])
 
 
 class Packer:
   """Turns documents into records as they come; holds less than one record of tokens between calls.
 
-  length: L, tokens of a record that are inputs.  bos_id and eos_id: put before and after each document, None for neither.
+  length: L, the input tokens of a record.  bos_id, eos_id: put before and after each document, None for nothing.
   """
 
   def __init__(self, *, length: int, vocab_size: int, bos_id: int | None, eos_id: int | None):
@@ -36,7 +40,7 @@ class Packer:
     self._full = 0
 
   def add(self, documents: Sequence[np.ndarray]) -> np.ndarray:
-    """Records completed by these documents.  Each is a 1-D int array, and is empty only if bos or eos make it longer."""
+    """Records completed by these documents, each a 1-D int array; empty ones only where bos or eos is added."""
     if not documents:
       return np.zeros(0, self.dtype)
     lengths = np.array([len(document) for document in documents]) + self.extra
@@ -69,7 +73,8 @@ class Packer:
     if n:
       window = (np.arange(n) * self.length)[:, None] + np.arange(self.length + 1)
       records['tokens'] = self._tokens[window]
-      records['starts'] = np.packbits(self._starts[window], axis=1, bitorder='little')
+      bits = np.packbits(self._starts[window], axis=1, bitorder='little')
+      records['starts'][:, :bits.shape[1]] = bits
       records['valid'] = self.length + 1
       self._tokens = self._tokens[n * self.length:]
       self._starts = self._starts[n * self.length:]

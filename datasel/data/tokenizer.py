@@ -13,16 +13,16 @@ from datasel import workdir
 
 END = '<|endoftext|>'
 # A bare tokenizer.json doesn't say which of its added tokens begin and end a document; these are the names in use.
-_BOS_NAMES = ('<s>', '<bos>', '<|begin_of_text|>')
-_EOS_NAMES = (END, '</s>', '<eos>', '<|end_of_text|>')
+_USUAL = {'bos_token': ('<s>', '<bos>', '<|begin_of_text|>'), 'eos_token': (END, '</s>', '<eos>', '<|end_of_text|>')}
 
 
 class Tokenizer:
   """Text to ids and back.
 
-  name: what it was loaded as, without its folder.  digest: sha256 (hex) of what determines the ids: equal digests give equal ids.
+  name: what it was loaded as, without its folder.  digest: sha256 (hex) of all that determines the ids.
   vocab_size: largest id + 1, added tokens included.  bos_id, eos_id: None when the tokenizer has none.
-  Text that spells a special token ('</s>' in a web page) is encoded as the plain characters it is, so no text can end a document.
+  Text that spells a special token ('</s>' in a web page) is encoded as the plain characters it is: no text can end a
+  document.
   """
 
   def __init__(self, backend: '_Json | _SentencePiece', name: str, bos_id: int | None, eos_id: int | None):
@@ -55,8 +55,8 @@ class Tokenizer:
 def load(name_or_path: str | os.PathLike) -> Tokenizer:
   """A tokenizer.json file, a sentencepiece .model file, a folder holding either, or else a Hugging Face name.
 
-  bos and eos are those of a tokenizer_config.json or special_tokens_map.json beside the file, else (for tokenizer.json) the added
-  token with one of the usual names.  Code of a Hugging Face repository is never run.
+  bos and eos are those of a tokenizer_config.json or special_tokens_map.json beside the file, else (for tokenizer.json)
+  the added token with one of the usual names.  Code of a Hugging Face repository is never run.
   Raises ValueError when it can't be read or had.
   """
   path = pathlib.Path(name_or_path)
@@ -73,8 +73,8 @@ def load(name_or_path: str | os.PathLike) -> Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) -> Tokenizer:
   """Trains a byte-level BPE on `texts`, writes it to `path` (tokenizer.json) atomically and loads it.
 
-  Any text survives encode and decode unchanged.  eos is '<|endoftext|>' (id 0), there is no bos.  Equal texts in equal order give equal
-  bytes.  The vocabulary is smaller than `vocab_size` when the texts hold too few different words.
+  Any text survives encode and decode unchanged.  eos is '<|endoftext|>' (id 0), there is no bos.  Equal texts in equal
+  order give equal bytes.  The vocabulary is smaller than `vocab_size` when the texts hold too few different words.
   """
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
   if vocab_size < len(alphabet) + 1:
@@ -111,10 +111,10 @@ class _Json:
   def decode(self, ids):
     return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-  def guess(self, names):
-    """The id of the first of `names` that is an added token, or None."""
+  def guess(self, key):
+    """The id of the first usual name for `key` ('bos_token') that is an added token, or None."""
     added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
-    return next((added[name] for name in names if name in added), None)
+    return next((added[name] for name in _USUAL[key] if name in added), None)
 
 
 class _SentencePiece:
@@ -140,8 +140,9 @@ class _SentencePiece:
   def decode(self, ids):
     return self._processor.decode(ids)
 
-  def guess(self, names):
-    i = self._processor.bos_id() if names is _BOS_NAMES else self._processor.eos_id()
+  def guess(self, key):
+    """The model's own bos or eos, or None."""
+    i = {'bos_token': self._processor.bos_id, 'eos_token': self._processor.eos_id}[key]()
     return None if i < 0 else i
 
 
@@ -152,10 +153,9 @@ def _from_file(path: pathlib.Path, name: str) -> Tokenizer:
   except ImportError as e:
     raise ValueError(f'tokenizer {path} needs the package sentencepiece ({e}); pip install sentencepiece') from e
   except Exception as e:  # the tokenizers library raises nothing narrower
-    raise ValueError(f'tokenizer {path} is not a valid {kind.file_name} ({e}); want one of tokenizers or sentencepiece') from e
+    raise ValueError(f'tokenizer {path} is not a valid {kind.file_name} ({e}); get the file again') from e
   stated = _stated(path.parent)
-  bos_id, eos_id = (_special_id(backend, stated, key, names, path)
-                    for key, names in (('bos_token', _BOS_NAMES), ('eos_token', _EOS_NAMES)))
+  bos_id, eos_id = (_special_id(backend, stated, key, path) for key in ('bos_token', 'eos_token'))
   return Tokenizer(backend, name, bos_id, eos_id)
 
 
@@ -169,14 +169,15 @@ def _stated(folder: pathlib.Path) -> dict[str, str | None]:
           if key in ('bos_token', 'eos_token')}
 
 
-def _special_id(backend, stated, key, names, path) -> int | None:
+def _special_id(backend, stated, key, path) -> int | None:
   if key not in stated:
-    return backend.guess(names)
+    return backend.guess(key)
   if stated[key] is None:
     return None
   i = backend.id(stated[key])
   if i is None:
-    raise ValueError(f'{key} {stated[key]!r} of {path.parent} is not in the vocabulary of {path.name}; repair tokenizer_config.json')
+    raise ValueError(f'{key} {stated[key]!r} stated in {path.parent} is not in the vocabulary of {path.name}; correct '
+                     'it in tokenizer_config.json')
   return i
 
 
@@ -184,7 +185,7 @@ def _from_hub(name_or_folder: str, name: str) -> Tokenizer:
   try:
     import transformers
   except ImportError as e:
-    raise ValueError(f'tokenizer {name!r} is no file here; Hugging Face names need the package transformers ({e})') from e
+    raise ValueError(f'tokenizer {name!r} is no file; Hugging Face names need the package transformers ({e})') from e
   try:
     hub = transformers.AutoTokenizer.from_pretrained(name_or_folder, use_fast=True, trust_remote_code=False)
   except (OSError, ValueError, KeyError, ImportError) as e:

@@ -1,4 +1,4 @@
-"""Laws of mixtures: what is read is what was written, what cannot be meant is refused, and baselines are proportions."""
+"""Laws of mixtures: what is written is read back, what cannot be meant is refused, baselines are proportions."""
 
 import json
 import math
@@ -61,7 +61,8 @@ def test_doremi_labels_become_domains_and_come_back(tmp_path):
 
 def test_doremi_weights_printed_with_four_digits_are_renormalised_and_others_refused(tmp_path):
   m = mixture.load(_file(tmp_path, 'rp.json', {'train_domain_weights': {'c4': 0.3333, 'book': 0.6666}}))
-  assert math.isclose(m.weights['c4'], 1 / 3, rel_tol=1e-9) and math.isclose(m.provenance['renormalised_from_sum'], 0.9999)
+  assert math.isclose(m.weights['c4'], 1 / 3, rel_tol=1e-9)
+  assert math.isclose(m.provenance['renormalised_from_sum'], 0.9999)
   with pytest.raises(ValueError, match='rp.json.*sum to 0.9'):
     mixture.load(_file(tmp_path, 'rp.json', {'train_domain_weights': {'c4': 0.3, 'book': 0.6}}))
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from datasel.batch import Batch
-from datasel.objectives import TokenNLL
+from datasel.objectives import TokenNLL, domain_sums
 from datasel.step import Objective
 
 LOSS_REDUCTIONS = ('domain_mean', 'token_mean')
@@ -25,15 +25,6 @@ def update(log_alpha_M: jax.Array, excess_nll_M: jax.Array, *, step_size: float 
   """
   log_alpha_M = jax.nn.log_softmax(log_alpha_M + step_size * excess_nll_M)
   return jnp.log((1 - smoothing) * jnp.exp(log_alpha_M) + smoothing / log_alpha_M.shape[0])
-
-
-def domain_means(value_BxL: jax.Array, mask_BxL: jax.Array, domain_B: jax.Array,
-                 n_domains: int) -> tuple[jax.Array, jax.Array]:
-  """(mean_M, count_M) of the masked values of each domain's rows; mean 0 where a domain has no token in the batch."""
-  member_BxM = jax.nn.one_hot(domain_B, n_domains, dtype=jnp.float32)
-  count_M = jnp.einsum('bm,b->m', member_BxM, mask_BxL.sum(-1), precision='highest')
-  total_M = jnp.einsum('bm,b->m', member_BxM, (value_BxL * mask_BxL).sum(-1), precision='highest')
-  return total_M / jnp.maximum(count_M, 1), count_M
 
 
 def initial_aux(n_domains: int, *, vocab_size: int) -> dict:
@@ -84,13 +75,15 @@ def group_dro(token_nll: TokenNLL, n_domains: int, *, step_size: float = 1.0, sm
     nll_BxL, mask_BxL, domain_B = token_nll(params, batch), batch['loss_mask_BxL'], batch['domain_B']
     difference_BxL = jax.lax.stop_gradient(nll_BxL) - batch['reference_nll_BxL']
     excess_BxL = jnp.maximum(difference_BxL, 0) if clip else difference_BxL
-    excess_M, count_M = domain_means(excess_BxL, mask_BxL, domain_B, n_domains)
+    means = lambda x_BxL: domain_sums(x_BxL, mask_BxL, domain_B, n_domains)[0] / jnp.maximum(count_M, 1)
+    _, count_M = domain_sums(mask_BxL, mask_BxL, domain_B, n_domains)
+    excess_M = means(excess_BxL)
     present_M = count_M > 0
     excess_M = jnp.where(present_M, excess_M, aux['excess_M'] if missing_domain == 'keep' else 0)
     log_alpha_M = update(aux['log_alpha_M'], excess_M, step_size=step_size, smoothing=smoothing)
     alpha_M = jnp.exp(log_alpha_M)
 
-    nll_M, _ = domain_means(nll_BxL, mask_BxL, domain_B, n_domains)
+    nll_M = means(nll_BxL)
     if loss_reduction == 'domain_mean':
       loss = (alpha_M * nll_M).sum()
     else:
@@ -102,9 +95,8 @@ def group_dro(token_nll: TokenNLL, n_domains: int, *, step_size: float = 1.0, sm
       'log_alpha_M': log_alpha_M, 'alpha_sum_M': alpha_sum_M, 'alpha_sum_error_M': error_M,
       'updates': aux['updates'] + 1, 'excess_M': jnp.where(present_M, excess_M, aux['excess_M']),
     }
-    difference_M, _ = domain_means(difference_BxL, mask_BxL, domain_B, n_domains)
     metrics = {
-      'alpha_M': alpha_M, 'average_M': average(new_aux), 'excess_M': excess_M, 'difference_M': difference_M,
+      'alpha_M': alpha_M, 'average_M': average(new_aux), 'excess_M': excess_M, 'difference_M': means(difference_BxL),
       'nll_M': nll_M, 'present_M': present_M.astype(jnp.float32), 'tokens': count_M.sum(),
     }
     return loss, (new_aux, metrics)

@@ -1,0 +1,270 @@
+"""From a resolved config to the objects of a run.  Only this file and methods/*/run.py read `config.x`."""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from datasel import config as config_lib
+from datasel import evaluate as evaluate_lib
+from datasel import hardware, optim, sharding, train, workdir
+from datasel import metrics as metrics_lib
+from datasel.checkpoint import Checkpoints
+from datasel.data import mixture as mixture_lib
+from datasel.data import sampler as sampler_lib
+from datasel.data import tokenizer as tokenizer_lib
+from datasel.data.mixture import Mixture
+from datasel.data.store import Store
+from datasel.models.mistral import Mistral
+from datasel.step import Objective, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What every stage of a run shares."""
+
+  config: ml_collections.ConfigDict
+  directory: pathlib.Path
+  store: Store
+  mesh: jax.sharding.Mesh
+  writer: metrics_lib.Writer
+  progress: metrics_lib.Progress
+  peak_flops: float
+
+  def example_names(self, batch: dict) -> str:
+    """'code/17, web/3': domain and record number, names that hold for the life of the store."""
+    return ', '.join(f'{self.store.domains[d]}/{n}' for d, n in zip(batch['domain_B'], batch['example_B']))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of a run before it runs: what it trains and what it costs."""
+
+  name: str
+  model: Mistral
+  objective: Objective | None  # None: nothing is trained here
+  steps: int
+  batch_size: int
+  microbatches: int
+  length: int
+  other_flops: float = 0.0  # of a stage that trains nothing
+  aux: Any = ()
+  extra_columns: tuple[str, ...] = ()  # float32 B x L arrays of its batches beyond the store's
+
+  @property
+  def flops(self) -> float:
+    return self.other_flops + stage_flops(self.model, self.length, self.batch_size, self.steps)
+
+
+def seed_for(config: ml_collections.ConfigDict, role: str) -> int:
+  """An independent seed for each named role of a run ('main', 'proxy-0'): no role's randomness shifts another's."""
+  return int.from_bytes(hashlib.sha256(f'{config.seed}/{role}'.encode()).digest()[:4], 'little')
+
+
+def optimizer(section: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
+  rate = optim.schedule(section.schedule, peak=section.peak_lr, end=section.end_lr,
+                        warmup_steps=round(section.warmup_fraction * total_steps), total_steps=total_steps)
+  transforms = {
+    'adamw': lambda: optim.adamw(rate, b1=section.b1, b2=section.b2, eps=section.eps,
+                                 weight_decay=section.weight_decay, clip=section.clip),
+    'adafactor': lambda: optim.adafactor(rate, weight_decay=section.weight_decay, clip=section.clip),
+  }
+  if section.name not in transforms:
+    raise ValueError(f'unknown optimizer.name {section.name!r}; known: {sorted(transforms)}')
+  return transforms[section.name]()
+
+
+def mesh(section: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+  return sharding.make_mesh(section.data, section.fsdp, section.tensor)
+
+
+def check_store(store: Store, config: ml_collections.ConfigDict, models: dict[str, Mistral]) -> None:
+  """Refuses a store that these models cannot read, naming the keys to change."""
+  if store.length != config.data.length:
+    raise ValueError(f'config.data.length is {config.data.length}, but {store.path} holds sequences of {store.length} '
+                     'tokens; set the one, or prepare a store with the other')
+  for name, m in models.items():
+    if store.vocab_size > m.vocab_size:
+      raise ValueError(f'{store.path} has token ids up to {store.vocab_size - 1}, but {name}.vocab_size is '
+                       f'{m.vocab_size}; set it to at least {store.vocab_size}')
+  if config.data.tokenizer:
+    wanted = tokenizer_lib.load(config.data.tokenizer)
+    if wanted.digest != store.tokenizer['digest']:
+      raise ValueError(
+        f'config.data.tokenizer {config.data.tokenizer!r} is not the tokenizer that {store.path} was made with '
+        f'({store.tokenizer["name"]}, sha256 {store.tokenizer["digest"][:12]}; given: {wanted.digest[:12]}); prepare the '
+        'store again, or name its own')
+
+
+def mixture(kind: str, store: Store, epochs: dict[str, float], key: str) -> Mixture:
+  """Weights by a rule ('tokens', 'examples', 'uniform', 'pile': examples times `epochs`) or from a mixture file."""
+  rules = {
+    'tokens': lambda: mixture_lib.by_tokens(store),
+    'examples': lambda: mixture_lib.by_examples(store),
+    'pile': lambda: mixture_lib.by_pile_convention(store, epochs),
+    'uniform': lambda: mixture_lib.uniform(store.domains),
+  }
+  if kind in rules:
+    return rules[kind]()
+  if not pathlib.Path(kind).is_file():
+    raise ValueError(f'config.{key} is {kind!r}: neither one of {sorted(rules)} nor a mixture file')
+  loaded = mixture_lib.load(kind)
+  loaded.for_domains(store.domains)
+  made_with = loaded.provenance.get('tokenizer')
+  if isinstance(made_with, dict) and made_with.get('digest') != store.tokenizer['digest']:
+    logging.warning('%s was tuned with another tokenizer (%s) than the store has (%s): weights depend on it', kind,
+                    made_with.get('name'), store.tokenizer['name'])
+  return loaded
+
+
+def check_stages(stages: list[Stage], mesh: jax.sharding.Mesh) -> None:
+  """Refuses batches that do not fit the mesh, and states that do not fit the memory, before anything is computed."""
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  for stage in stages:
+    if stage.batch_size % (shards * stage.microbatches):
+      raise ValueError(f'{stage.name}: a batch of {stage.batch_size} is not a multiple of data x fsdp x microbatches = '
+                       f'{shards * stage.microbatches}; change the batch size or the mesh')
+    # Parameters, gradients and two moments, all float32: what no recomputation can save.
+    needed, available = 16 * stage.model.n_params / mesh.size, device_memory()
+    if needed > available:
+      raise ValueError(f'{stage.name}: {stage.model.n_params:,} parameters need {needed / 2**30:.1f} GiB on each of '
+                       f'{mesh.size} devices for their state, but a device has {available / 2**30:.1f} GiB; take more '
+                       'devices (mesh.fsdp) or a smaller model')
+
+
+def device_memory() -> float:
+  """Bytes that one device can give a run."""
+  device = jax.local_devices()[0]
+  if device.platform == 'cpu':
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / jax.local_device_count()
+  return device.memory_stats()['bytes_limit']
+
+
+def compiled_memory(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> int:
+  """Bytes per device of a stage's compiled step: state, batch and temporaries."""
+  program = stage_program(stage, config, mesh)
+  rows = sharding.batch_sharding(mesh)
+  array = lambda dtype, *shape: jax.ShapeDtypeStruct((stage.batch_size, *shape), dtype, sharding=rows)
+  batch = {name: array(np.int32, stage.length) for name in ('tokens_BxL', 'targets_BxL', 'segment_BxL', 'position_BxL')}
+  batch |= {name: array(np.float32, stage.length) for name in ('loss_mask_BxL', *stage.extra_columns)}
+  memory = program.step.lower(program.abstract_state, batch | {'domain_B': array(np.int32)}).compile().memory_analysis()
+  return (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes)
+
+
+def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh,
+                  directory: pathlib.Path) -> str:
+  """Compiles each kind of stage; one line for each: size, cost, memory per device.  Refuses what does not fit."""
+  lines = [f'{"stage":24s} {"parameters":>14s} {"steps":>8s} {"tokens":>10s} {"FLOPs":>9s} {"GiB/device":>10s}']
+  seen: dict[tuple, int] = {}
+  for stage in stages:
+    used = ''
+    if stage.objective is not None:
+      kind = (stage.model, stage.batch_size, stage.microbatches, stage.extra_columns)
+      if kind not in seen:
+        seen[kind] = compiled_memory(stage, config, mesh)
+      if seen[kind] > device_memory():
+        raise ValueError(f'{stage.name}: its compiled step needs {seen[kind] / 2**30:.1f} GiB on a device of '
+                         f'{device_memory() / 2**30:.1f} GiB; raise microbatches, shard further, or take a smaller model')
+      used = f'{seen[kind] / 2**30:.2f}'
+      checkpoint_bytes = 12 * stage.model.n_params * (config.train.keep_checkpoints + 1)
+      check_disk(directory / stage.name, checkpoint_bytes, f'the checkpoints of {stage.name}')
+    tokens = stage.steps * stage.batch_size * stage.length
+    lines.append(f'{stage.name:24s} {stage.model.n_params:14,} {stage.steps:8,} {tokens:10.3g} {stage.flops:9.2e} {used:>10s}')
+  return '\n'.join(lines)
+
+
+def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> train.Program:
+  model = stage.model
+  return train.program(model.init, model.logical_axes(), objective=stage.objective, mesh=mesh, aux=stage.aux,
+                       tx=optimizer(config.optimizer, stage.steps), microbatches=stage.microbatches)
+
+
+def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, init_role: str = 'init',
+                add_columns: Callable[[dict], dict] | None = None, describe: Callable[[dict], dict] = lambda m: m) -> State:
+  """Trains one model of a run, or finishes one that was begun: sampler, program, checkpoints and evaluation wired up.
+
+  role and init_role name the seeds of the data order and of the initial parameters; add_columns adds the stage's
+  `extra_columns` to each batch while it is read ahead; describe turns a step's metrics into values for metrics.jsonl.
+  """
+  config, model, batch_size = run.config, stage.model, stage.batch_size
+  logging.info('stage %s: %s parameters, %d steps of %d x %d tokens', stage.name, f'{model.n_params:,}', stage.steps,
+               batch_size, stage.length)
+  program = stage_program(stage, config, run.mesh)
+  rows = sampler_lib.process_rows(sharding.batch_sharding(run.mesh), batch_size)
+  sampler = sampler_lib.Sampler(run.store, 'train', weights_M, batch_size, seed=seed_for(config, role),
+                                block=config.data.block, rows=rows)
+  dataset = sampler if add_columns is None else sampler.map(add_columns)
+  batches = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.data.prefetch))
+  evaluate = evaluate_lib.evaluator(model.token_nll, run.store, run.mesh, batch_size=batch_size,
+                                    max_sequences=config.train.eval_sequences)
+  directory = run.directory / stage.name
+  checkpoint_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(program.abstract_state))
+  check_disk(directory, checkpoint_bytes * (config.train.keep_checkpoints + 1), f'the checkpoints of {stage.name}')
+  initial = None
+  with (contextlib.closing(batches),
+        Checkpoints(directory / 'checkpoints', keep=config.train.keep_checkpoints) as checkpoints):
+    if config.train.init_from:
+      initial = starting_params(config.train.init_from, program.abstract_state.params, run.store)
+    state = train.fit(
+      program, batches, key=jax.random.key(seed_for(config, init_role)), stage=stage.name, total_steps=stage.steps,
+      checkpoints=checkpoints, writer=run.writer, log_every=config.train.log_every,
+      checkpoint_every=config.train.checkpoint_every, tokens_per_step=batch_size * stage.length,
+      flops_per_step=stage.flops / stage.steps, peak_flops=run.peak_flops, progress=run.progress,
+      name_examples=run.example_names, evaluate=evaluate, eval_every=config.train.eval_every, initial_params=initial,
+      describe=describe, profile_steps=config.profile_steps, profile_directory=run.directory / 'profile')
+  workdir.write_json(directory / 'stage.json', {
+    'stage': stage.name, 'steps': stage.steps, 'batch_size': batch_size, 'model': dataclasses.asdict(model),
+    'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
+    'weights': dict(zip(run.store.domains, map(float, weights_M))),
+    'epochs': dict(zip(run.store.domains, map(float, sampler.epochs(stage.steps * batch_size))))})
+  return state
+
+
+def stage_flops(model: Mistral, length: int, batch_size: int, steps: int) -> float:
+  """Training FLOPs by the formula of `Mistral.flops_per_token`."""
+  return model.flops_per_token(length) * length * batch_size * steps
+
+
+def starting_params(path: str, abstract_params: Any, store: Store) -> Any:
+  """Parameters of a finished stage; its tokenizer must be this store's."""
+  checkpoints = pathlib.Path(path)
+  if not (checkpoints / 'steps').is_dir():
+    raise FileNotFoundError(f'train.init_from {path} is not a checkpoints/ folder of a stage (it has no steps/)')
+  made_by = checkpoints.parent / 'stage.json'
+  if made_by.exists() and workdir.read_json(made_by)['tokenizer'] != store.tokenizer['digest']:
+    raise ValueError(f'train.init_from {path} was trained with another tokenizer than {store.path} was made with '
+                     f'({store.tokenizer["name"]}); prepare the store with that tokenizer')
+  with Checkpoints(checkpoints, keep=2) as reader:
+    return reader.restore_params(abstract_params)
+
+
+def check_disk(directory: pathlib.Path, needed: float, what: str) -> None:
+  """Refuses to begin what the disk cannot hold."""
+  existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+  free = shutil.disk_usage(existing).free
+  if needed > free:
+    raise OSError(f'{what} need {needed / 2**30:.2f} GiB in {directory}, but the disk has {free / 2**30:.2f} GiB free; '
+                  'free some space or choose another workdir')
+
+
+@contextlib.contextmanager
+def begin(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store, total_flops: float):
+  """Opens a run: the writer of its metrics and its progress; yields a `Run`."""
+  peak, source = hardware.peak_flops_per_device()
+  logging.info('MFU is measured against %.3g FLOP/s for each of %d devices (%s)', peak, jax.device_count(), source)
+  with metrics_lib.Writer(directory, tensorboard=config.tracking.tensorboard,
+                          wandb_project=config.tracking.wandb_project, config=config_lib.flatten(config)) as writer:
+    yield Run(config, directory, store, mesh(config.mesh), writer, metrics_lib.Progress(total_flops),
+              peak * jax.device_count())

@@ -1,0 +1,179 @@
+"""The common part of every config file, and the checks that a resolved config must pass.
+
+A config file's `get_config(arg)` begins with `base(method)`, sets what its paper sets, and ends with `finish(config,
+arg)`, which makes the `:smoke` form.  Every key exists in the file that is run: overrides of other keys are refused.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from datasel.models.mistral import Mistral
+from datasel.models.presets import PRESETS
+
+
+def base(method: str) -> ml_collections.ConfigDict:
+  """The keys that all methods share, with the values of a small run."""
+  config = ml_collections.ConfigDict()
+  config.method = method
+  config.seed = 0
+  config.profile_steps = 0  # steps to trace with the JAX profiler, from the sixth of each stage; 0: none
+
+  config.data = ml_collections.ConfigDict()
+  config.data.store = ''  # token store made by `python -m datasel.prepare`; empty: the demo corpus below
+  config.data.demo = ''  # 'lean', 'default' or 'offline': fetch this demo corpus, train a tokenizer, build its store
+  config.data.length = 1024  # tokens of a sequence; must be the store's
+  config.data.tokenizer = ''  # if given, name or file of the tokenizer that the store must have been made with
+  config.data.verify = 'full'  # 'full': sha256 of every shard before the run; 'size': their sizes only
+  config.data.prefetch = 2  # batches read ahead
+  config.data.block = 65536  # sequences in which the mixture is met exactly
+
+  config.model = model('laptop')
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = 'adamw'  # or 'adafactor'
+  config.optimizer.peak_lr = 1e-3
+  config.optimizer.end_lr = 1e-4
+  config.optimizer.schedule = 'cosine'  # 'constant', 'cosine', 'exponential', 'exponential_gap'
+  config.optimizer.warmup_fraction = 0.06  # of a stage's steps
+  config.optimizer.b1 = 0.9
+  config.optimizer.b2 = 0.98
+  config.optimizer.eps = 1e-8
+  config.optimizer.weight_decay = 0.01
+  config.optimizer.clip = 1.0  # global gradient norm
+
+  config.train = ml_collections.ConfigDict()
+  config.train.steps = 1000
+  config.train.batch_size = 16  # sequences, over all devices
+  config.train.microbatches = 1  # parts of a batch computed one after another
+  config.train.log_every = 10  # steps
+  config.train.checkpoint_every = 100  # steps
+  config.train.keep_checkpoints = 2
+  config.train.eval_every = 100  # steps; 0: at the end only
+  config.train.eval_sequences = 0  # held-out sequences per domain; 0: all
+  config.train.init_from = ''  # a stage's checkpoints/ folder whose parameters to start from; empty: fresh
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # -1: whatever devices the others leave
+  config.mesh.fsdp = 1
+  config.mesh.tensor = 1
+
+  config.tracking = ml_collections.ConfigDict()
+  config.tracking.tensorboard = True
+  config.tracking.wandb_project = ''  # empty: no Weights & Biases
+  return config
+
+
+def doremi() -> ml_collections.ConfigDict:
+  """The section of DoReMi, as its paper has it; methods/doremi/run.py says what each part does."""
+  section = ml_collections.ConfigDict()
+  section.model = model('laptop_small')  # of the reference and the proxy
+  section.steps = 1000  # of the reference and of each proxy
+  section.batch_size = 16
+  section.microbatches = 1
+  section.baseline = 'tokens'  # first reference weights: 'tokens', 'examples', 'pile', 'uniform', or a mixture file
+  section.baseline_epochs = ml_collections.ConfigDict()  # for 'pile': {domain: times its authors repeat it}
+  section.seeds = 1  # proxies, averaged; their spread is reported
+  section.rounds = 1  # iterated DoReMi: at most so many
+  section.tolerance = 1e-3  # rounds end when no weight moved by more
+  section.step_size = 1.0  # eta
+  section.smoothing = 1e-3  # c: part of uniform mixed into the weights at each step
+  section.clip = True  # excess losses at 0, per token
+  section.loss_reduction = 'domain_mean'  # or 'token_mean', as the released code
+  section.missing_domain = 'zero'  # or 'keep', as the released code
+  section.average_includes_initial = False  # True as the released code
+  section.proxy_sampling = 'uniform'  # domains of the proxy's batches; or 'reference': the reference weights
+  section.train_main = True  # train the main model on both mixtures and compare
+  return section
+
+
+def model(preset: str) -> ml_collections.ConfigDict:
+  """The section of a model, every field of it open to overrides, from `models.presets`."""
+  if preset not in PRESETS:
+    raise ValueError(f'unknown model preset {preset!r}; known: {sorted(PRESETS)}')
+  section = ml_collections.ConfigDict(dataclasses.asdict(PRESETS[preset]))
+  for field, kind in (('window', int), ('residual_init_std', float)):
+    if section[field] is None:
+      section[field] = config_dict.placeholder(kind)
+  return section
+
+
+def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
+  """Applies the part of `--config=FILE:ARG` after the colon: nothing, or 'smoke' for a form that ends in under a minute
+  on a CPU: the offline corpus, a tiny model, a few steps, the method's settings otherwise unchanged."""
+  if arg not in ('', 'smoke'):
+    raise ValueError(f"unknown config argument {arg!r} after the colon; known: 'smoke', or nothing")
+  if arg == 'smoke':
+    config.data.store, config.data.demo, config.data.tokenizer = '', 'offline', ''
+    config.data.length, config.data.block = 64, 1024
+    config.model = model('smoke')
+    config.train.steps, config.train.batch_size = 12, 8
+    config.train.microbatches = min(config.train.microbatches, 2)
+    config.train.log_every, config.train.checkpoint_every = 2, 4
+    config.train.eval_every, config.train.eval_sequences = 4, 16
+    if 'doremi' in config:
+      config.doremi.model = model('smoke')
+      config.doremi.steps, config.doremi.batch_size = 12, 8
+      config.doremi.microbatches = min(config.doremi.microbatches, 2)
+      config.doremi.rounds, config.doremi.seeds = min(config.doremi.rounds, 2), min(config.doremi.seeds, 2)
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
+  return config.lock()
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Refuses what no run can use, before anything is computed: NaN, infinity, sizes below 1, a store and a demo at once."""
+  flat = flatten(config)
+  for path, value in flat.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'config.{path} is {value}; want a finite number')
+  positive = ['data.length', 'data.prefetch', 'data.block', 'train.steps', 'train.batch_size', 'train.microbatches',
+              'train.log_every', 'train.checkpoint_every']
+  positive += [f'doremi.{key}' for key in ('steps', 'batch_size', 'microbatches', 'seeds', 'rounds') if 'doremi' in config]
+  for path in positive:
+    if flat[path] < 1:
+      raise ValueError(f'config.{path} is {flat[path]}; want at least 1')
+  if bool(config.data.store) == bool(config.data.demo):
+    raise ValueError(
+      f'config.data.store is {config.data.store!r} and config.data.demo is {config.data.demo!r}: want exactly one, '
+      '--config.data.store=DIR (made by `python -m datasel.prepare`) or --config.data.demo=lean')
+  if config.train.batch_size % config.train.microbatches:
+    raise ValueError(f'config.train.microbatches {config.train.microbatches} does not divide config.train.batch_size '
+                     f'{config.train.batch_size}')
+  if not 0 <= config.optimizer.warmup_fraction <= 1:
+    raise ValueError(f'config.optimizer.warmup_fraction is {config.optimizer.warmup_fraction}; want a part of 1')
+  if config.data.verify not in ('full', 'size'):
+    raise ValueError(f"config.data.verify is {config.data.verify!r}; want 'full' or 'size'")
+
+
+def check_overrides(config: ml_collections.ConfigDict, argv: list[str]) -> None:
+  """Refuses `--config.KEY` for a key that the config does not have, with the nearest ones that it has."""
+  known = flatten(config)
+  for argument in argv:
+    if argument.startswith(('--config.', '-config.')):
+      key = argument.split('=', 1)[0].split('config.', 1)[1]
+      if key not in known:
+        close = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+        raise ValueError(f'--config.{key}: the config has no such key; did you mean {", ".join(close)}?')
+
+
+def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
+  """{'optimizer.peak_lr': 0.001, ...}"""
+  flat = {}
+  for key, value in config.items():
+    path = f'{prefix}{key}'
+    flat |= flatten(value, path + '.') if isinstance(value, ml_collections.ConfigDict) else {path: value}
+  return flat
+
+
+def difference(old: dict, new: dict) -> list[str]:
+  """Lines 'key: old -> new' for two flattened configs."""
+  return [f'{key}: {old.get(key, "(absent)")!r} -> {new.get(key, "(absent)")!r}'
+          for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+
+
+def to_model(section: ml_collections.ConfigDict) -> Mistral:
+  return Mistral(**section.to_dict())

@@ -1,0 +1,35 @@
+"""Plain pre-training on a mixture of domains.
+
+  WORKDIR/main/            the model: checkpoints/ and stage.json
+  WORKDIR/mixture.json     the weights it was trained on
+  WORKDIR/report.html      losses, per domain
+"""
+
+import pathlib
+
+import ml_collections
+
+from datasel import build, metrics, objectives, workdir
+from datasel import config as config_lib
+from datasel.data import mixture as mixture_lib
+from datasel.data.store import Store
+from datasel.methods.pretrain.report import write_report
+
+
+def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store) -> dict:
+  """Runs or finishes it; returns summary.json's contents."""
+  [stage] = stages(config, store)
+  with build.begin(config, directory, store, stage.flops) as r:
+    mixture = build.mixture(config.pretrain.mixture, store, config.pretrain.mixture_epochs.to_dict(), 'pretrain.mixture')
+    mixture_lib.write(directory / 'mixture.json', mixture)
+    build.train_stage(r, stage, role='main', init_role='init-main', weights_M=mixture.for_domains(store.domains))
+    summary = {'final': metrics.read(directory, 'main', 'eval')[-1], 'cost_flops': {'main': stage.flops}, 'warnings': []}
+    workdir.write_json(directory / 'summary.json', summary)
+  write_report(directory)
+  return summary
+
+
+def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:
+  model = config_lib.to_model(config.model)
+  return [build.Stage('main', model, objectives.language_model(model.token_nll), config.train.steps,
+                      config.train.batch_size, config.train.microbatches, store.length)]

@@ -24,8 +24,8 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.profile_steps = 0  # steps to trace with the JAX profiler, from the sixth of each stage; 0: none
 
   config.data = ml_collections.ConfigDict()
-  config.data.store = ''  # token store made by `python -m datasel.prepare`; empty: the demo corpus below
-  config.data.demo = ''  # 'lean', 'default' or 'offline': fetch this demo corpus, train a tokenizer, build its store
+  config.data.store = ''  # token store made by `python -m datasel.prepare`
+  config.data.demo = ''  # without a store: 'lean', 'default' or 'offline', fetched, tokenised and packed first
   config.data.length = 1024  # tokens of a sequence; must be the store's
   config.data.tokenizer = ''  # if given, name or file of the tokenizer that the store must have been made with
   config.data.verify = 'full'  # 'full': sha256 of every shard before the run; 'size': their sizes only
@@ -66,6 +66,14 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.tracking.tensorboard = True
   config.tracking.wandb_project = ''  # empty: no Weights & Biases
   return config
+
+
+def pretrain() -> ml_collections.ConfigDict:
+  """The section of plain pre-training."""
+  section = ml_collections.ConfigDict()
+  section.mixture = 'tokens'  # 'tokens', 'examples', 'pile', 'uniform', or a mixture file such as DoReMi's mixture.json
+  section.mixture_epochs = ml_collections.ConfigDict()  # for 'pile': {domain: times its authors repeat it}
+  return section
 
 
 def doremi() -> ml_collections.ConfigDict:
@@ -119,13 +127,15 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
       config.doremi.model = model('smoke')
       config.doremi.steps, config.doremi.batch_size = 12, 8
       config.doremi.microbatches = min(config.doremi.microbatches, 2)
+      if config.doremi.baseline == 'pile':
+        config.doremi.baseline_epochs = dict.fromkeys(('apidocs', 'code', 'pydocs', 'readmes'), 1.0)
       config.doremi.rounds, config.doremi.seeds = min(config.doremi.rounds, 2), min(config.doremi.seeds, 2)
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
   return config.lock()
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Refuses what no run can use, before anything is computed: NaN, infinity, sizes below 1, a store and a demo at once."""
+  """Refuses what no run can use, before anything is computed: NaN, infinity, sizes below 1, no data."""
   flat = flatten(config)
   for path, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
@@ -136,10 +146,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   for path in positive:
     if flat[path] < 1:
       raise ValueError(f'config.{path} is {flat[path]}; want at least 1')
-  if bool(config.data.store) == bool(config.data.demo):
-    raise ValueError(
-      f'config.data.store is {config.data.store!r} and config.data.demo is {config.data.demo!r}: want exactly one, '
-      '--config.data.store=DIR (made by `python -m datasel.prepare`) or --config.data.demo=lean')
+  if not config.data.store and not config.data.demo:
+    raise ValueError('the run has no data: want --config.data.store=DIR, made by `python -m datasel.prepare`, or '
+                     '--config.data.demo=lean')
   if config.train.batch_size % config.train.microbatches:
     raise ValueError(f'config.train.microbatches {config.train.microbatches} does not divide config.train.batch_size '
                      f'{config.train.batch_size}')

@@ -1,9 +1,10 @@
 """How fast training data is read: by datasel's sampler, by Hugging Face `datasets` from the same tokens, and at best.
 
 Every contender gives whole batches of tokens_BxL and targets_BxL (int32, numpy) from the same packed sequences with the
-same weights.  datasel also shuffles, checks bounds, and makes segments, positions and loss masks; the peer reads its
-sources in order and in its fastest format; the limit is a gather from one memory-mapped array by a plan made before.
-The text is the interpreter's own library, a domain for each of its packages, so that this runs anywhere.
+same weights.  datasel also shuffles, resumes at once, checks what it reads, and makes segments, positions and loss masks.
+The peer streams its sources in order, in its fastest format; its map-style form, which needs the whole order as a list
+in memory, is shown too.  The limit is a gather from one memory-mapped array by a plan made before.  The text is the
+interpreter's own library, a domain for each of its packages, so that this runs anywhere.
 """
 
 import contextlib
@@ -26,7 +27,8 @@ from datasel.data.store import Store
 
 _log = logging.getLogger(__name__)
 _LIMIT = 'numpy memmap gather (the limit)'
-_PEER = 'datasets.interleave_datasets (the peer)'
+_PEER = 'interleave_datasets, streaming (the peer)'
+_MAP_STYLE = 'interleave_datasets, map-style'
 _OURS = 'datasel Sampler'
 _PREFETCHED = 'datasel Sampler, prefetch thread'
 
@@ -44,9 +46,11 @@ def run(*, length: int = 1024, batch_size: int = 32, batches: int = 200, repeats
     store = _store(folder, length, domains, max_bytes_per_domain)
     draws = sampler.Sampler(store, 'train', mixture.by_tokens(store).for_domains(store.domains), batch_size, seed=0)
     tokens = [_tokens(store, j) for j in range(len(store.domains))]
+    sources = [_source(datasets, rows, folder / f'{j}.arrow') for j, rows in enumerate(tokens)]
     contenders = {
         _LIMIT: _gather(tokens, draws, folder / 'tokens.npy', batches),
-        _PEER: _interleave(datasets, tokens, draws, folder),
+        _PEER: _streamed(datasets, sources, draws),
+        _MAP_STYLE: _map_style(datasets, sources, draws),
         _OURS: iter(draws),
         _PREFETCHED: stack.enter_context(contextlib.closing(sampler.batches(draws))),
     }
@@ -126,24 +130,38 @@ def _gather(tokens: list[np.ndarray], draws: sampler.Sampler, path: pathlib.Path
     yield {'tokens_BxL': rows[:, :-1].astype(np.int32), 'targets_BxL': rows[:, 1:].astype(np.int32)}
 
 
-def _interleave(datasets: Any, tokens: list[np.ndarray], draws: sampler.Sampler,
-                folder: pathlib.Path) -> Iterator[dict[str, np.ndarray]]:
+def _source(datasets: Any, tokens: np.ndarray, path: pathlib.Path) -> Any:
+  """One domain as a memory-mapped Hugging Face dataset."""
   import pyarrow as pa
-  sources = []
-  for j, rows in enumerate(tokens):
-    table = pa.table({'tokens': list(rows.astype(np.int32))})
-    path = str(folder / f'{j}.arrow')
-    with pa.OSFile(path, 'wb') as f, pa.ipc.new_stream(f, table.schema) as writer:
-      writer.write_table(table)
-    sources.append(datasets.Dataset.from_file(path).to_iterable_dataset())
-  probabilities = (draws.counts_M / draws.block).tolist()
-  mixed = datasets.interleave_datasets(sources, probabilities, seed=0, stopping_strategy='all_exhausted')
-  # Measured with datasets 5.2: this format beats 'numpy' and Python lists, and streaming from parquet is no faster.
-  mixed = mixed.with_format('arrow')
+  table = pa.table({'tokens': list(tokens.astype(np.int32))})
+  with pa.OSFile(str(path), 'wb') as f, pa.ipc.new_stream(f, table.schema) as writer:
+    writer.write_table(table)
+  return datasets.Dataset.from_file(str(path))
+
+
+# Measured with datasets 5.2: the 'arrow' format beats 'numpy' and Python lists, and streaming parquet is no faster.
+def _streamed(datasets: Any, sources: list[Any], draws: sampler.Sampler) -> Iterator[dict[str, np.ndarray]]:
+  streams = [source.to_iterable_dataset() for source in sources]
+  mixed = datasets.interleave_datasets(streams, _probabilities(draws), seed=0, stopping_strategy='all_exhausted')
   while True:
-    for batch in mixed.iter(draws.batch_size, drop_last_batch=True):
-      rows = batch['tokens'].combine_chunks().flatten().to_numpy().reshape(draws.batch_size, -1)
-      yield {'tokens_BxL': rows[:, :-1], 'targets_BxL': rows[:, 1:]}
+    for batch in mixed.with_format('arrow').iter(draws.batch_size, drop_last_batch=True):
+      yield _batch(batch)
+
+
+def _map_style(datasets: Any, sources: list[Any], draws: sampler.Sampler) -> Iterator[dict[str, np.ndarray]]:
+  mixed = datasets.interleave_datasets(sources, _probabilities(draws), seed=0, stopping_strategy='all_exhausted')
+  mixed = mixed.with_format('arrow')
+  for first in itertools.cycle(range(0, len(mixed) - draws.batch_size + 1, draws.batch_size)):
+    yield _batch(mixed[first:first + draws.batch_size])
+
+
+def _probabilities(draws: sampler.Sampler) -> list[float]:
+  return (draws.counts_M / draws.block).tolist()
+
+
+def _batch(table: Any) -> dict[str, np.ndarray]:
+  rows = table['tokens'].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+  return {'tokens_BxL': rows[:, :-1], 'targets_BxL': rows[:, 1:]}
 
 
 def _seconds(iterator: Iterator[dict[str, np.ndarray]], batches: int, shape: tuple[int, int]) -> float:

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Makes a clean environment, lints, and runs the tests in it.  Arguments go to pytest: bash launch/test.sh tests/step_test.py
+set -euo pipefail
+repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+. "$repo/launch/environment.sh"
+environment="$(mktemp -d "${TMPDIR:-/tmp}/datasel-test-XXXXXX")"
+trap 'rm -rf "$environment"' EXIT
+make_environment "$environment/venv" test
+
+cd "$repo"
+"$environment/venv/bin/ruff" check .
+"$environment/venv/bin/python" -m pytest -n 2 "$@"

@@ -1,0 +1,78 @@
+"""Laws of the benchmarks: every contender reads the same data, and what is printed is what was measured."""
+
+import itertools
+import json
+import statistics
+import sys
+
+import datasets
+import numpy as np
+import pytest
+
+from datasel.bench import __main__ as bench
+from datasel.bench import data
+from datasel.data import mixture, sampler
+
+SMALL = dict(length=64, batch_size=4, batches=3, repeats=2, domains=10, max_bytes_per_domain=20_000)
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+  return data._store(tmp_path_factory.mktemp('bench'), SMALL['length'], 10, SMALL['max_bytes_per_domain'])
+
+
+@pytest.fixture
+def draws(store):
+  return sampler.Sampler(store, 'train', mixture.by_tokens(store).for_domains(store.domains), 4, seed=0)
+
+
+def test_the_limit_reads_the_batches_of_the_sampler(store, draws, tmp_path):
+  tokens = [data._tokens(store, j) for j in range(10)]
+  limit = data._gather(tokens, draws, tmp_path / 'tokens.npy', batches=5)
+  ours = list(itertools.islice(draws, 5))
+  for batch, want in zip(itertools.islice(limit, 10), ours * 2):
+    assert batch['tokens_BxL'].shape == (4, 64)
+    for key in batch:
+      np.testing.assert_array_equal(batch[key], want[key])
+
+
+@pytest.mark.parametrize('form', [data._streamed, data._map_style])
+def test_the_peer_reads_the_sequences_of_the_store_by_the_same_weights(form, store, draws, tmp_path):
+  tokens = [data._tokens(store, j) for j in range(10)]
+  sources = [data._source(datasets, rows, tmp_path / f'{j}.arrow') for j, rows in enumerate(tokens)]
+  domain_of = {row.tobytes(): j for j, rows in enumerate(tokens) for row in rows[:, :-1].astype(np.int32)}
+  drawn = [domain_of[row.tobytes()] for batch in itertools.islice(form(datasets, sources, draws), 300)
+           for row in batch['tokens_BxL']]
+  assert len(drawn) == 1200
+  wanted_M = draws.counts_M / draws.block
+  error_M = np.abs(np.bincount(drawn, minlength=10) / 1200 - wanted_M)
+  assert (error_M < 5 * np.sqrt(wanted_M / 1200)).all()  # five standard deviations of independent draws
+
+
+def test_figures_follow_from_the_rounds_and_are_printed_and_written(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(data.run, '__kwdefaults__', SMALL)
+  bench.main(['data', '--json', str(tmp_path / 'result.json')])
+  result = json.loads((tmp_path / 'result.json').read_text())
+  assert result['benchmark'] == 'data' and result['command'].startswith('python -m datasel.bench data --json ')
+  assert len(result['settings']['sequences']) == 10
+  rows = result['contenders']
+  medians = {name: statistics.median(row['rounds']) for name, row in rows.items()}
+  printed = capsys.readouterr().out
+  for name, row in rows.items():
+    assert len(row['rounds']) == 2
+    np.testing.assert_allclose(row['tokens_per_second'], medians[name])
+    np.testing.assert_allclose(row['of_peer'], medians[name] / medians[data._PEER])
+    np.testing.assert_allclose(row['of_limit'], medians[name] / medians[data._LIMIT])
+    assert f'{name:42}{medians[name] / 1e6:8.1f}' in printed
+
+
+def test_a_missing_peer_is_named_with_its_remedy(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'datasets', None)
+  with pytest.raises(SystemExit, match=r"`datasets`, which is not installed; pip install 'datasel\[dev\]'"):
+    bench.main(['data'])
+
+
+def test_an_unknown_benchmark_is_refused(capsys):
+  with pytest.raises(SystemExit):
+    bench.main(['dta'])
+  assert "invalid choice: 'dta'" in capsys.readouterr().err

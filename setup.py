@@ -23,7 +23,6 @@ CORE = [
   'tensorboardX>=2.6',
   'tokenizers>=0.21',
   'transformers>=5.0',
-  'zstandard>=0.22',
 ]
 
 EXTRAS = {

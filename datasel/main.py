@@ -110,6 +110,9 @@ def launch(options: flags.FlagValues, directory: pathlib.Path, argv: list[str]) 
   if method is None:
     raise ValueError(f'config.method is {config.method!r}; known: {sorted(methods())}')
   with _only_one(directory):
+    import jax
+    # The two main models are one program, and so is a run before and after an interruption.
+    jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
     _check_same_config(config_lib.flatten(config), directory)
     store = open_store(config, directory)
     _check(method, config, store, directory, dry_run=options.dry_run)

@@ -74,7 +74,7 @@ def prepare(
 def train_tokenizer(
     corpus: str | os.PathLike, out: str | os.PathLike, *, vocab_size: int, max_bytes_per_domain: int = 10_000_000
 ) -> tokenizers.Tokenizer:
-  """Trains a byte-level BPE on the first `max_bytes_per_domain` bytes of text of each train domain; writes it to `out`."""
+  """Trains a byte-level BPE on the first `max_bytes_per_domain` bytes of text of each train domain, into `out`."""
   corpus = corpora.Corpus(corpus)
   encoder = tokenizers.train_bpe(_sample(corpus, max_bytes_per_domain), vocab_size, out)
   if encoder.vocab_size < vocab_size:

@@ -45,7 +45,7 @@ def train_step(state: State, batch: Batch, *, objective: Objective, tx: optax.Gr
   loss, aux, metrics, grads = _gradient(objective, state.params, state.aux, batch, microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = metrics | {'loss': loss, 'grad_norm': optax.global_norm(grads), 'update_norm': optax.global_norm(updates)}
+  metrics = metrics | {'loss': loss, 'grad_norm': optax.tree.norm(grads), 'update_norm': optax.tree.norm(updates)}
   return State(state.step + 1, params, opt_state, aux), metrics
 
 

@@ -1,10 +1,10 @@
 """How fast training data is read: by datasel's sampler, by Hugging Face `datasets` from the same tokens, and at best.
 
 Every contender gives whole batches of tokens_BxL and targets_BxL (int32, numpy) from the same packed sequences with the
-same weights.  datasel also shuffles, resumes at once, checks what it reads, and makes segments, positions and loss masks.
-The peer streams its sources in order, in its fastest format; its map-style form, which needs the whole order as a list
-in memory, is shown too.  The limit is a gather from one memory-mapped array by a plan made before.  The text is the
-interpreter's own library, a domain for each of its packages, so that this runs anywhere.
+same weights.  datasel also shuffles, resumes at once, and makes segments, positions and loss masks.  The peer streams
+its sources in order, in its fastest format; its map-style form, which holds the whole order in memory, is shown too.
+The limit is a gather from one memory-mapped array by a plan made before.  The text is the interpreter's own library, a
+domain for each of its packages, so that this runs anywhere.
 """
 
 import contextlib

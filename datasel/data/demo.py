@@ -5,8 +5,8 @@
 writes CORPUS/train/DOMAIN.jsonl, one {"id", "text"} a line, and CORPUS/sources.json, which says for each domain where
 its text comes from, under what licence, and what was left out and why.  A domain holds no text twice.  Documents longer
 than a domain's `part_chars` are cut (after a paragraph where possible) into parts with ids ID#0, ID#1, ... that
-together are the document, so that every domain has enough documents for a held-out share by hash of id: hold out 2 % or
-more.  The archives hold other people's text: read it here, don't publish it.
+together are the document, so that every domain has enough documents for a held-out share by hash of id: hold out at
+least 2 %, and 5 % for steady losses by domain.  The archives hold other people's text: read it here, don't publish it.
 """
 
 import argparse
@@ -76,6 +76,7 @@ _LEAN = (_NEWS, _PARLIAMENT, _TWEETS, _C4, _WIKI_ARTICLES, _NOISY_WEB, _MATH, _L
 
 @dataclasses.dataclass(frozen=True)
 class Set:
+  """A corpus to choose by name."""
   about: str
   sources: tuple[Source, ...]
   domain_bytes: int  # utf-8 bytes of text kept of a domain at most; which documents stay is decided by hash of id
@@ -165,9 +166,9 @@ def _check_space(cache: pathlib.Path, chosen: Set) -> None:
 
 def _build(corpus: pathlib.Path, name: str, paths: dict[str, pathlib.Path], left_out: dict[str, str]) -> None:
   chosen = SETS[name]
-  partial = corpus.with_name(f'.{corpus.name}.partial')
-  for old in (partial, corpus):
+  for old in (*corpus.parent.glob('.*.partial'), corpus):  # left by a kill, or not whole
     shutil.rmtree(old, ignore_errors=True)
+  partial = corpus.with_name(f'.{corpus.name}.partial')
   (partial / 'train').mkdir(parents=True)
   domains = {}
   for source in chosen.sources:
@@ -176,8 +177,7 @@ def _build(corpus: pathlib.Path, name: str, paths: dict[str, pathlib.Path], left
       domains[source.domain] = _write_domain(
           partial / 'train' / f'{source.domain}.jsonl', source, paths.get(source.package), chosen.domain_bytes)
   workdir.write_json(partial / 'sources.json', {
-      'set': name, 'domain_bytes_at_most': chosen.domain_bytes, 'domains': domains,
-      'left_out': left_out})
+      'set': name, 'domain_bytes_at_most': chosen.domain_bytes, 'domains': domains, 'left_out': left_out})
   os.rename(partial, corpus)
 
 

@@ -99,10 +99,8 @@ def unpack(records_B: np.ndarray) -> dict[str, np.ndarray]:
   loss_mask_BxL = np.ones((B, L), np.float32)
   crossing = column_P > 0
   loss_mask_BxL[row_P[crossing], column_P[crossing] - 1] = 0
-  inside = column_P < L  # a document that begins at the last token is a target only
-  row_P, column_P = row_P[inside], column_P[inside]
   begin_P = row_P * L + column_P
-  run_P = np.diff(begin_P, append=B * L)
+  run_P = np.diff(begin_P, append=B * L)  # 0 for a document that begins at the last token: it is a target only
   piece_P = np.arange(1, len(row_P) + 1)
   piece_P -= np.maximum.accumulate(np.where(column_P == 0, piece_P - 1, 0))
   segment_BxL = np.repeat(piece_P.astype(np.int32), run_P).reshape(B, L)

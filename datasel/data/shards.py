@@ -108,13 +108,10 @@ def writing(path: str | os.PathLike) -> Iterator[Callable[[np.ndarray], None]]:
       yield write
       writer.close()
     except RuntimeError as e:
-      raise _disk_error(e, path) from e
-
-
-def _disk_error(e: RuntimeError, path: str | os.PathLike) -> Exception:
-  if os.strerror(errno.ENOSPC) in str(e):
-    return OSError(errno.ENOSPC, 'the disk is full; free some space and start again, finished files are kept', path)
-  return e
+      if os.strerror(errno.ENOSPC) in str(e):
+        message = 'the disk is full; free some space and start again, finished files are kept'
+        raise OSError(errno.ENOSPC, message, str(path)) from e
+      raise
 
 
 class _Split:

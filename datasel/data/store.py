@@ -62,7 +62,7 @@ class Store:
     """The batch of rows (domain_B[b], record_B[b]), in order: `packing.unpack`'s arrays and the arguments,
     as domain_B int32 and example_B int64.
 
-    domain_B: integers in [0, M).  record_B: integers in [0, sizes(split)[domain]).  IndexError names a row out of range.
+    domain_B: integers in [0, M).  record_B: in [0, sizes(split)[domain]).  IndexError names a row out of range.
     """
     shards_of_split = self._split(split)
     domain_B, record_B = np.asarray(domain_B, np.int64), np.asarray(record_B, np.int64)

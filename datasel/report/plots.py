@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.optimize import isotonic_regression
 
 INK = '#1f2328'  # stands for the page's text colour, see _tidy
 GREY = '#8b929b'
@@ -25,6 +26,8 @@ _HUES = ('#0072b2', '#e69f00', '#009e73', '#d55e00', '#56b4e9', '#cc79a7')
 _DASHES = ('-', '--', ':', '-.')
 
 _WIDTH = 5.4  # inches of 72 units
+_LABEL = 0.175  # inches that a label needs
+_DOTS = 50  # points of a curve that may be dots
 _STYLE = {
   'svg.fonttype': 'none', 'text.parse_math': False, 'font.size': 9.5, 'font.family': ['DejaVu Sans'],
   'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': INK, 'xtick.color': INK, 'ytick.color': INK,
@@ -45,52 +48,51 @@ class Line:
   dash: str = '-'
   width: float = 1.8
   alpha: float = 1.0
-  marker: str = ''
+  dots: bool = False  # at its points, if these are few
 
 
 def palette(domains: Sequence[str]) -> dict[str, tuple[str, str]]:
   """{domain: (colour, dash)}, a function of the set of names: a domain looks the same in every figure."""
   looks = [(hue, dash) for dash in _DASHES for hue in _HUES]
-  return dict(zip(sorted(domains), itertools.cycle(looks)))
+  return dict(zip(domains, itertools.cycle(looks)))
 
 
-def curves(key: str, title: str, lines: Sequence[Line], *, ylabel: str, ylim: tuple[float, float] | None = None,
-           level: float | None = None, most_points: int = 240) -> str:
+def curves(key: str, title: str, lines: Sequence[Line], *, ylabel: str, level: float | None = None,
+           most_points: int = 240) -> str:
   """Curves over steps with their names at the right.  `level` is a horizontal dotted line; `key` must be unique."""
 
   def paint(ax: Axes) -> None:
     for line in lines:
       kept = _thinned(len(line.x), most_points)
+      marker = 'o' if line.dots and len(kept) <= _DOTS else ''
       ax.plot(np.asarray(line.x)[kept], np.asarray(line.y)[kept], color=line.color, linestyle=line.dash,
-              linewidth=line.width, alpha=line.alpha, marker=line.marker, markersize=3.5)
+              linewidth=line.width, alpha=line.alpha, marker=marker, markersize=3.5)
     if level is not None:
       ax.axhline(level, color=GREY, linewidth=1.2, linestyle=':')
     ax.set(title=title, xlabel='step', ylabel=ylabel)
     ax.margins(x=0.02)
-    if ylim is not None:
-      ax.set_ylim(*ylim)
     _name_ends(ax, [line for line in lines if line.label])
 
   named = sum(bool(line.label) for line in lines)
-  return _draw(key, max(3.1, 0.175 * named + 0.9), paint)
+  return _draw(key, max(3.1, _LABEL * named + 1), paint)
 
 
 def bars(key: str, title: str, names: Sequence[str], baseline: Sequence[float], tuned: Sequence[float],
          colors: Sequence[str], *, spread: Sequence[tuple[float, float]] | None = None, xlabel: str) -> str:
-  """Two horizontal bars a name, baseline in grey below tuned in colour; `spread` is (lowest, highest) of the tuned."""
+  """Two horizontal bars a name, tuned in colour above baseline in grey; `spread` is (lowest, highest) of the tuned."""
 
   def paint(ax: Axes) -> None:
-    at = np.arange(len(names))
-    ax.barh(at + 0.19, tuned, height=0.38, color=colors)
-    ax.barh(at - 0.19, baseline, height=0.3, color=GREY)
-    for y, value, base in zip(at, tuned, baseline):
-      end = max(value, spread[y][1] if spread else 0)
-      ax.annotate(f'{value:.3f}', (end, y + 0.19), (4, 0), textcoords='offset points', va='center', fontsize=8)
-      ax.annotate(f'{base:.3f}', (base, y - 0.19), (4, 0), textcoords='offset points', va='center', fontsize=8, color=GREY)
+    upper, lower = np.arange(len(names)) - 0.17, np.arange(len(names)) + 0.2
+    ax.barh(upper, tuned, height=0.4, color=colors)
+    ax.barh(lower, baseline, height=0.26, color=GREY)
+    low, high = np.transpose(spread) if spread else (tuned, tuned)
     if spread:
-      low, high = np.transpose(spread)
-      ax.hlines(at + 0.19, low, high, color=INK, linewidth=1)
-      ax.plot(np.concatenate([low, high]), np.tile(at + 0.19, 2), '|', color=INK, markersize=6)
+      ax.hlines(upper, low, high, color=INK, linewidth=1)
+      ax.plot(np.concatenate([low, high]), np.tile(upper, 2), '|', color=INK, markersize=6)
+    beside = dict(xytext=(4, 0), textcoords='offset points', va='center', fontsize=8)
+    for n, (value, base) in enumerate(zip(tuned, baseline)):
+      ax.annotate(f'{value:.3f}', (max(value, high[n]), upper[n]), **beside)
+      ax.annotate(f'{base:.3f}', (base, lower[n]), color=GREY, **beside)
     _name_rows(ax, names)
     ax.margins(x=0.12)
     ax.set_xlim(left=0)
@@ -109,9 +111,8 @@ def differences(key: str, title: str, names: Sequence[str], values: Sequence[flo
     ax.hlines(at, 0, values, color=colors, linewidth=2)
     ax.scatter(values, at, c=colors, s=38, zorder=3)
     for y, value in zip(at, values):
-      side = 1 if value >= 0 else -1
-      ax.annotate(f'{value:+.3f}', (value, y), (7 * side, 0), textcoords='offset points', va='center',
-                  ha='left' if side > 0 else 'right', fontsize=8)
+      side, ha = (7, 'left') if value >= 0 else (-7, 'right')
+      ax.annotate(signed(value), (value, y), (side, 0), textcoords='offset points', va='center', ha=ha, fontsize=8)
     reach = max(np.abs(values).max(), 1e-3) * 1.35
     ax.set_xlim(-reach, reach)
     _name_rows(ax, names)
@@ -122,7 +123,7 @@ def differences(key: str, title: str, names: Sequence[str], values: Sequence[flo
 
 def dots(key: str, title: str, names: Sequence[str], hollow: Sequence[float], filled: Sequence[Sequence[float]],
          colors: Sequence[str], *, xlabel: str) -> str:
-  """A row a name: one hollow grey dot, and a filled dot for each of several values (`filled`: lists as long as names)."""
+  """A row a name: a hollow grey dot, and a dot for its value in each list of `filled`."""
 
   def paint(ax: Axes) -> None:
     at = np.arange(len(names))
@@ -136,6 +137,11 @@ def dots(key: str, title: str, names: Sequence[str], hollow: Sequence[float], fi
     ax.set(title=title, xlabel=xlabel)
 
   return _draw(key, 0.27 * len(names) + 0.95, paint)
+
+
+def signed(x: float, digits: int = 3) -> str:
+  """'+0.123' or '−0.123', with a true minus."""
+  return f'{x:+.{digits}f}'.replace('-', '−')
 
 
 def short(name: str, most: int = 20) -> str:
@@ -168,7 +174,7 @@ def _tidy(svg: str) -> str:
   svg = re.sub(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->', '', svg, flags=re.DOTALL)
   svg = re.sub(r'<g id="[^"]*"', '<g', svg)
   svg = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', svg)
-  svg = re.sub(r"""(?<=[\s"(LMQC-])\d+\.\d{2,}(?=[\s"),;])""", lambda m: f'{float(m[0]):.1f}'.removesuffix('.0'), svg)
+  svg = re.sub(r'<[^>]*>', lambda tag: re.sub(r'\d+\.\d{4,}', lambda x: f'{float(x[0]):.2f}', tag[0]), svg)
   svg = re.sub(r'\n\s*', '\n', svg)
   return svg.replace(INK, 'currentColor')
 
@@ -192,23 +198,23 @@ def _name_ends(ax: Axes, lines: Sequence[Line]) -> None:
     return
   low, high = ax.get_ylim()
   ax.set_ylim(low, high)
-  ends = [(line.y[-1] - low) / (high - low) for line in lines]
-  for line, end, at in zip(lines, ends, _apart(ends, gap=min(0.175 / 2.2, 1 / len(lines)))):
-    inside = min(max(end, 0), 1)
-    ax.plot([1.0, 1.035, 1.075], [inside, at, at], color=line.color, linestyle=line.dash, linewidth=1.3, clip_on=False,
-            transform=ax.transAxes)
-    ax.text(1.09, at, short(line.label), va='center', transform=ax.transAxes, fontsize=8.5)
+  ends = [float(np.clip((_last(line.y) - low) / (high - low), 0, 1)) for line in lines]
+  height = ax.figure.get_figheight() - 0.85  # of the axes, about
+  for line, end, at in zip(lines, ends, _apart(ends, gap=min(_LABEL / height, 1 / len(lines)))):
+    look = dict(color=line.color, clip_on=False, transform=ax.transAxes)
+    ax.plot([1.0, 1.04], [end, at], linewidth=0.8, alpha=0.7, **look)
+    ax.plot([1.045, 1.115], [at, at], linewidth=2, linestyle=line.dash, **look)
+    ax.text(1.13, at, short(line.label), va='center', transform=ax.transAxes, fontsize=8.5)
+
+
+def _last(y: Sequence[float]) -> float:
+  """The last value that is a number."""
+  return next((value for value in reversed(y) if np.isfinite(value)), 0.0)
 
 
 def _apart(places: Sequence[float], gap: float) -> list[float]:
-  """The places in [0, 1] moved as little as a sweep from either side needs, so that neighbours are `gap` apart."""
-  order = np.argsort(places, kind='stable')
-  at = np.clip(np.asarray(places, float)[order], 0, 1)
-  for i in range(1, len(at)):
-    at[i] = max(at[i], at[i - 1] + gap)
-  at[-1] = min(at[-1], 1)
-  for i in range(len(at) - 2, -1, -1):
-    at[i] = min(at[i], at[i + 1] - gap)
-  apart = np.empty_like(at)
-  apart[order] = at
+  """The places in [0, 1] moved as little as possible (in squares) to have `gap` between neighbours, in their order."""
+  order, steps = np.argsort(places, kind='stable'), gap * np.arange(len(places))
+  apart = np.empty(len(places))
+  apart[order] = np.clip(isotonic_regression(np.asarray(places)[order] - steps).x, 0, 1 - steps[-1]) + steps
   return apart.tolist()

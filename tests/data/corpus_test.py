@@ -8,10 +8,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import real_text
 import zstandard
 
 from datasel.data import corpus
-import real_text
 
 ROWS = real_text.modules('email')
 
@@ -61,7 +61,8 @@ def test_a_number_at_the_end_of_a_name_is_a_shard_in_numeric_order(tmp_path):
 
 
 def test_a_document_without_an_id_is_named_by_its_text(tmp_path):
-  real_text.write(tmp_path / 'train/web.jsonl', [{'text': 'é'}, {'text': 'b', 'id': None}, {'text': 'é'}, {'text': 'b', 'id': 7}])
+  real_text.write(tmp_path / 'train/web.jsonl', [
+      {'text': 'é'}, {'text': 'b', 'id': None}, {'text': 'é'}, {'text': 'b', 'id': 7}])
   ids = [d.id for d in _documents(tmp_path)['web']]
   e, b = (hashlib.sha256(text.encode()).hexdigest() for text in 'éb')
   assert ids == [e, b, e, '7']
@@ -135,14 +136,16 @@ LAYOUTS = {
     'is empty .0 bytes': lambda root: real_text.write(root / 'train/web.jsonl', b''),
     'folder .* is empty': lambda root: (root / 'train/web').mkdir(parents=True),
     'no state.json': lambda root: real_text.write(root / 'train/web/a/x.arrow', b''),
-    'lacks data files': lambda root: real_text.write(root / 'train/web/state.json', b'{"_data_files": [{"filename": "a"}]}'),
+    'lacks data files': lambda root: real_text.write(
+        root / 'train/web/state.json', b'{"_data_files": [{"filename": "a"}]}'),
     'files outside the folder': lambda root: real_text.write(
         root / 'train/web/state.json', b'{"_data_files": [{"filename": "../x.arrow"}]}'),
     'selects rows through an index': lambda root: real_text.write(
         root / 'train/web/state.json', b'{"_indices_data_files": [{"filename": "a"}]}'),
     'both as files and as folders': lambda root: (real_text.write(root / 'train/web.jsonl', ROWS),
                                                   _save_to_disk(root / 'train/web', ROWS)),
-    'in more than one format': lambda root: [real_text.write(root / f'train/web.{kind}', ROWS) for kind in ('jsonl', 'jsonl.gz')],
+    'in more than one format': lambda root: [
+        real_text.write(root / f'train/web.{kind}', ROWS) for kind in ('jsonl', 'jsonl.gz')],
     'is a DatasetDict': _dataset_dict,
     'web is a DatasetDict': lambda root: _dataset_dict(root / 'train/web'),
     'is one data set': lambda root: _save_to_disk(root / 'train', ROWS),

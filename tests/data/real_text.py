@@ -2,9 +2,8 @@
 
 import json
 import pathlib
-import sysconfig
-
 import pydoc_data.topics
+import sysconfig
 
 
 def topics() -> list[dict]:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import pydoc_data.topics
 import threading
 
 import grain
@@ -10,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from datasel.data import sampler
+from datasel import prepare
+from datasel.data import mixture, sampler
 
 SIZES = {'arxiv': 97, 'books': 1, 'code': 1000, 'mail': 3, 'web': 40}
 WEIGHTS = {'arxiv': 0.23, 'books': 0.011, 'code': 0.409, 'mail': 0.0, 'web': 0.35}
@@ -229,6 +231,32 @@ def test_rows_of_the_processes_make_up_the_batch_and_states_agree(splits):
   for _ in range(35):
     _assert_equal(_joined([next(part) for part in parts]), next(whole))
   assert all(part.get_state() == whole.get_state() for part in parts)
+
+
+def test_a_token_store_is_sampled_and_resumed_exactly(tmp_path):
+  topics = sorted(pydoc_data.topics.topics.values())
+  for domain, texts in {'even': topics[0:60:2], 'odd': topics[1:60:2], 'rest': topics[60:75]}.items():
+    for split, part in (('train', texts[1:]), ('validation', texts[:1])):
+      (tmp_path / 'corpus' / split).mkdir(parents=True, exist_ok=True)
+      lines = [json.dumps({'text': text}) + '\n' for text in part]
+      (tmp_path / 'corpus' / split / f'{domain}.jsonl').write_text(''.join(lines))
+  prepare.train_tokenizer(tmp_path / 'corpus', tmp_path / 'tokenizer.json', vocab_size=400)
+  store = prepare.prepare(tmp_path / 'corpus', tmp_path / 'store', tmp_path / 'tokenizer.json', length=64)
+  weights_M = mixture.by_tokens(store).for_domains(store.domains)
+  new = lambda rows=None: sampler.Sampler(store, 'train', weights_M, 8, seed=1, block=128, rows=rows)
+  with contextlib.closing(sampler.batches(new())) as it:
+    taken = _take(it, 50)
+    state = json.loads(json.dumps(it.get_state()))
+    wanted = _take(it, 3)
+  domain_N, record_N = new().plan(0, 400)
+  np.testing.assert_array_equal(_joined(taken)['domain_B'], domain_N)
+  np.testing.assert_array_equal(_joined(taken)['example_B'], record_N)
+  _assert_equal(_joined(taken), store.read('train', domain_N, record_N))
+  parts = [iter(new(rows)) for rows in ((0, 3), (3, 8))]
+  for part in parts:
+    part.set_state(state)
+  for want in wanted:
+    _assert_equal(_joined([next(part) for part in parts]), want)
 
 
 def test_batch_size_may_change_at_a_restart():

@@ -108,7 +108,7 @@ def test_a_full_disk_is_said_so(pack, tmp_path):
   shard.with_name(f'.{shard.name}.tmp-{os.getpid()}').symlink_to('/dev/full')
   with pytest.raises(OSError, match='the disk is full; free some space') as e:
     pack(ROWS)
-  assert e.value.filename == shard
+  assert e.value.filename == str(shard)
 
 
 def test_a_tokenizer_that_changed_is_refused(tmp_path, encoder):

@@ -1,4 +1,4 @@
-"""Laws of tokenizers: nothing of a text is lost, its text can't forge a special token, and equal digests give equal ids."""
+"""Laws of tokenizers: nothing of a text is lost, no text forges a special token, equal digests give equal ids."""
 
 import io
 import json
@@ -13,7 +13,8 @@ import transformers
 from datasel.data import tokenizer
 
 TEXTS = [row['text'] for row in real_text.topics()]
-HARD = ['', ' ', '\r\n\t\x00', 'naïve café 東京 😀 e\u0301 \u2028', '<|endoftext|> </s>', 'def f(x):\n    return x  \n\n\n', 'a' * 5000]
+HARD = ['', ' ', '\r\n\t\x00', 'naïve café 東京 😀 e\u0301 \u2028', '<|endoftext|> </s>',
+        'def f(x):\n    return x  \n\n\n', 'a' * 5000]
 
 
 @pytest.fixture(scope='module')
@@ -68,7 +69,8 @@ def test_no_token_is_added_cut_or_padded(bpe, tmp_path):
   model.enable_truncation(4)
   model.enable_padding(length=50)
   model.save(str(tmp_path / 'tokenizer.json'))
-  for a, b in zip(tokenizer.load(bpe).encode_batch(TEXTS), tokenizer.load(tmp_path / 'tokenizer.json').encode_batch(TEXTS)):
+  want, got = (tokenizer.load(path).encode_batch(TEXTS) for path in (bpe, tmp_path / 'tokenizer.json'))
+  for a, b in zip(want, got, strict=True):
     np.testing.assert_array_equal(a, b)
 
 

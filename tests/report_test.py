@@ -423,3 +423,10 @@ def test_labels_are_apart_in_order_and_near_their_curves():
       assert (np.diff(got[order]) >= 0.05 - 1e-9).all() and got.min() >= -1e-9 and got.max() <= 1 + 1e-9
   assert plots._apart([0.1, 0.9, 0.5], 0.05) == pytest.approx([0.1, 0.9, 0.5])
   assert plots._apart([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+
+
+def test_a_name_is_drawn_as_it_is_written():
+  names, weights = ['$a^$<b', 'long_name_' * 5, 'é\n'], [0.5, 0.3, 0.2]
+  svg = plots.bars('k', '', names, weights, weights[::-1], [plots.INK] * 3, xlabel='')
+  for drawn in ('$a^$&lt;b', 'long_name...ng_name_', '??'):
+    assert f'>{drawn}</text>' in svg

@@ -11,14 +11,14 @@ from datasel import config as config_lib
 def get_config(arg: str = ''):
   config = config_lib.base('doremi')
   config.data.demo = 'lean'
-  config.data.length = 256
+  config.data.length = 128
 
   # The main model, trained twice: on the baseline's and on the tuned weights.
   config.model = config_lib.model('laptop')
-  config.train.steps = 300
-  config.train.batch_size = 16
+  config.train.steps = 250
+  config.train.batch_size = 32
   config.train.eval_every = 50
-  config.train.eval_sequences = 24
+  config.train.eval_sequences = 48
   config.train.checkpoint_every = 50
   config.optimizer.peak_lr = 4e-3
   config.optimizer.end_lr = 4e-4
@@ -26,6 +26,6 @@ def get_config(arg: str = ''):
 
   config.doremi = config_lib.doremi()
   config.doremi.model = config_lib.model('laptop_small')
-  config.doremi.steps = 300
+  config.doremi.steps = 250
   config.doremi.batch_size = 32
   return config_lib.finish(config, arg)

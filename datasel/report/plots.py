@@ -54,7 +54,7 @@ class Line:
 def palette(domains: Sequence[str]) -> dict[str, tuple[str, str]]:
   """{domain: (colour, dash)}, a function of the set of names: a domain looks the same in every figure."""
   looks = [(hue, dash) for dash in _DASHES for hue in _HUES]
-  return dict(zip(domains, itertools.cycle(looks)))
+  return dict(zip(sorted(domains), itertools.cycle(looks)))
 
 
 def curves(key: str, title: str, lines: Sequence[Line], *, ylabel: str, level: float | None = None,

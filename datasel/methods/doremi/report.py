@@ -143,7 +143,7 @@ def _excess(run: Artefacts) -> Html:
 
   drawn = [
     figure(svg, alt=f'Excess loss of {stage} over the reference model, by domain, over time',
-           caption=f'Mean over {window(run.of(stage, "train"))} logged steps, of those with the domain in the batch.')
+           caption=f'Smoothed: mean over up to {window(run.of(stage, "train"))} logged steps, absences skipped.')
     for stage, svg in _curves(run, 'excess, nats/token', lines).items()]
   reference, proxies = run.of(f'{_prefix(run)}reference', 'eval'), [run.of(stage, 'eval') for stage in _proxies(run)]
   if reference and proxies and all(proxies):

@@ -19,6 +19,7 @@ CORE = [
   'orbax-checkpoint>=0.12,<0.13',
   'pyarrow>=17',
   'pyyaml>=6',
+  'scipy>=1.12',
   'sentencepiece>=0.2.1',
   'tensorboardX>=2.6',
   'tokenizers>=0.21',

@@ -226,7 +226,7 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
       describe=describe, profile_steps=config.profile_steps, profile_directory=run.directory / 'profile')
   workdir.write_json(directory / 'stage.json', {
     'stage': stage.name, 'steps': stage.steps, 'batch_size': batch_size, 'model': dataclasses.asdict(model),
-    'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
+    'n_params': model.n_params, 'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
     'weights': dict(zip(run.store.domains, map(float, weights_M))),
     'epochs': dict(zip(run.store.domains, map(float, sampler.epochs(stage.steps * batch_size))))})
   return state

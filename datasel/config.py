@@ -140,18 +140,21 @@ def check(config: ml_collections.ConfigDict) -> None:
   for path, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
       raise ValueError(f'config.{path} is {value}; want a finite number')
-  positive = ['data.length', 'data.prefetch', 'data.block', 'train.steps', 'train.batch_size', 'train.microbatches',
-              'train.log_every', 'train.checkpoint_every']
-  positive += [f'doremi.{key}' for key in ('steps', 'batch_size', 'microbatches', 'seeds', 'rounds') if 'doremi' in config]
-  for path in positive:
-    if flat[path] < 1:
-      raise ValueError(f'config.{path} is {flat[path]}; want at least 1')
+  least = dict.fromkeys(('data.length', 'data.prefetch', 'data.block', 'train.steps', 'train.batch_size',
+                         'train.microbatches', 'train.log_every', 'train.checkpoint_every'), 1)
+  least |= {'train.keep_checkpoints': 2, 'train.eval_every': 0, 'train.eval_sequences': 0, 'profile_steps': 0}
+  if 'doremi' in config:
+    least |= {f'doremi.{key}': 1 for key in ('steps', 'batch_size', 'microbatches', 'seeds', 'rounds')}
+  for path, smallest in least.items():
+    if flat[path] < smallest:
+      raise ValueError(f'config.{path} is {flat[path]}; want at least {smallest}')
   if not config.data.store and not config.data.demo:
     raise ValueError('the run has no data: want --config.data.store=DIR, made by `python -m datasel.prepare`, or '
                      '--config.data.demo=lean')
-  if config.train.batch_size % config.train.microbatches:
-    raise ValueError(f'config.train.microbatches {config.train.microbatches} does not divide config.train.batch_size '
-                     f'{config.train.batch_size}')
+  for name in ('train', 'doremi'):
+    if name in config and config[name].batch_size % config[name].microbatches:
+      raise ValueError(f'config.{name}.microbatches {config[name].microbatches} does not divide '
+                       f'config.{name}.batch_size {config[name].batch_size}; choose a divisor of it')
   if not 0 <= config.optimizer.warmup_fraction <= 1:
     raise ValueError(f'config.optimizer.warmup_fraction is {config.optimizer.warmup_fraction}; want a part of 1')
   if config.data.verify not in ('full', 'size'):
@@ -159,13 +162,14 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_overrides(config: ml_collections.ConfigDict, argv: list[str]) -> None:
-  """Refuses `--config.KEY` for a key that the config does not have, with the nearest ones that it has."""
+  """Refuses `--config.KEY` for a key that the config does not have (or a section), naming those it may have meant."""
   known = flatten(config)
   for argument in argv:
     if argument.startswith(('--config.', '-config.')):
       key = argument.split('=', 1)[0].split('config.', 1)[1]
       if key not in known:
-        close = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+        inside = [path for path in known if path.startswith(f'{key}.')]
+        close = inside or difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
         raise ValueError(f'--config.{key}: the config has no such key; did you mean {", ".join(close)}?')
 
 
@@ -180,8 +184,8 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
 
 def difference(old: dict, new: dict) -> list[str]:
   """Lines 'key: old -> new' for two flattened configs."""
-  return [f'{key}: {old.get(key, "(absent)")!r} -> {new.get(key, "(absent)")!r}'
-          for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+  values = {key: (old.get(key, '(absent)'), new.get(key, '(absent)')) for key in sorted(old.keys() | new.keys())}
+  return [f'{key}: {before!r} -> {after!r}' for key, (before, after) in values.items() if before != after]
 
 
 def to_model(section: ml_collections.ConfigDict) -> Mistral:

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,8 +26,9 @@ from datasel import workdir
 
 # jax is imported by the functions that need it: the worker processes that prepare text import this file too.
 
-# What may differ when a run is continued: how it is watched, not what it computes.
-_MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'train.keep_checkpoints')
+# What may differ when a run is continued: how it is watched, not what it computes.  A store may have moved; its digest
+# says that it is the same.
+_MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'train.keep_checkpoints')
 _INTERRUPTED = 128 + 15  # the exit status that schedulers know as SIGTERM
 
 
@@ -41,14 +43,14 @@ def main(argv: list[str]) -> int:
   """The command line; returns the exit status."""
   logging.basicConfig(level=logging.INFO, format='%(asctime)s  %(message)s', datefmt='%H:%M:%S', stream=sys.stderr,
                       force=True)
-  for noisy in ('absl', 'jax', 'orbax'):
+  for noisy in ('jax', 'orbax'):
     logging.getLogger(noisy).setLevel(logging.WARNING)
+  # Through it orbax logs the stack of a failed save four times before raising it.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   try:
     options = parse(argv)
   except (ValueError, OSError, flags.Error) as e:
-    lines = str(e).strip().splitlines()
-    # An error inside a config file comes wrapped with its stack; its last line says what is wrong.
-    print(f'error: {lines[-1] if "Traceback" in str(e) else e}', file=sys.stderr)
+    print(f'error: {e}', file=sys.stderr)
     return 2
   if options.print_config:
     from datasel import config as config_lib
@@ -57,13 +59,16 @@ def main(argv: list[str]) -> int:
   directory = pathlib.Path(options.workdir).absolute()
   try:
     return launch(options, directory, argv)
+  except KeyboardInterrupt:
+    logging.warning('interrupted; the same command continues it')
+    return _INTERRUPTED
   except Exception as e:
     from datasel.train import Interrupted
     if isinstance(e, Interrupted):
       logging.warning('%s; the same command continues it', e)
       return _INTERRUPTED
     # The message is for whoever started the run; the stack is for whoever mends the code.
-    print(f'\nerror: {_message(e)}\n({type(e).__name__}{_keep_traceback(directory)})', file=sys.stderr)
+    print(f'\nerror: {_message(e)}\n({type(e).__name__}{_keep_traceback(e, directory)})', file=sys.stderr)
     return 1
 
 
@@ -71,23 +76,38 @@ def parse(argv: list[str]) -> flags.FlagValues:
   """Flags; ValueError for a key that the config does not have, naming the nearest."""
   from datasel import config as config_lib
   is_override = lambda a: a.startswith(('--config.', '-config.'))
-  _check_config_file(argv)
-  plain = _flags(['datasel.main', *(a for a in argv if not is_override(a))])
-  if plain.config is None:
-    raise ValueError('--config is missing: --config=configs/doremi/demo.py, for one')
+  plain = _load_config([a for a in argv if not is_override(a)])
   config_lib.check_overrides(plain.config, argv)
-  options = _flags(['datasel.main', *argv])
-  config_lib.check(options.config)
+  options = _flags(argv)
+  try:
+    config_lib.check(options.config)
+  except KeyError as e:
+    raise ValueError(f'--config: the config has no key {e}; begin it with datasel.config.base') from e
   if not (options.workdir or options.print_config):
     raise ValueError('--workdir is missing: the folder of the run, made if absent')
   return options
 
 
-def _check_config_file(argv: list[str]) -> None:
+def _load_config(argv: list[str]) -> flags.FlagValues:
+  """Flags without overrides.  A config file is code: whatever comes out of it is reported with its name."""
   files = [a.split('=', 1)[1].rsplit(':', 1)[0] for a in argv if a.startswith(('--config=', '-config='))]
-  for file in files:
-    if not pathlib.Path(file).is_file():
-      raise ValueError(f'--config: no file {file} (looked from {pathlib.Path.cwd()})')
+  if not files:
+    raise ValueError('--config is missing: --config=configs/doremi/demo.py, for one')
+  file = files[-1]
+  if not pathlib.Path(file).is_file():
+    raise ValueError(f'--config: no file {file} (looked from {pathlib.Path.cwd()})')
+  try:
+    options = _flags(argv)
+  except flags.IllegalFlagValueError as e:  # holds the stack of a ValueError; its last line says what is wrong
+    raise ValueError(f'--config={file}: {str(e).strip().splitlines()[-1]}') from e
+  except (flags.Error, ValueError):
+    raise
+  except Exception as e:
+    raise ValueError(f'--config={file}: {type(e).__name__}: {e}') from e
+  if not isinstance(options.config, ml_collections.ConfigDict):
+    raise ValueError(f'--config={file}: get_config() gave {type(options.config).__name__}; want a ConfigDict made with '
+                     'datasel.config.base')
+  return options
 
 
 def _flags(argv: list[str]) -> flags.FlagValues:
@@ -97,7 +117,7 @@ def _flags(argv: list[str]) -> flags.FlagValues:
   flags.DEFINE_string('workdir', None, 'Folder of the run, made if absent.', flag_values=values)
   flags.DEFINE_bool('print_config', False, 'Print the resolved config as JSON and stop.', flag_values=values)
   flags.DEFINE_bool('dry_run', False, 'Check paths, digests, shapes, disk and memory, and stop.', flag_values=values)
-  rest = values(argv)
+  rest = values(['datasel.main', *argv])
   if len(rest) > 1:
     raise ValueError(f'arguments {rest[1:]} are not flags; want --config=FILE --workdir=DIR --config.KEY=VALUE')
   return values
@@ -111,50 +131,66 @@ def launch(options: flags.FlagValues, directory: pathlib.Path, argv: list[str]) 
     raise ValueError(f'config.method is {config.method!r}; known: {sorted(methods())}')
   with _only_one(directory):
     import jax
-    # The two main models are one program, and so is a run before and after an interruption.
-    jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
+    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR may name one for many runs
+      # The two main models are one program, and so is a run before and after an interruption.
+      jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
     _check_same_config(config_lib.flatten(config), directory)
-    store = open_store(config, directory)
+    store, sources = open_store(config, directory)
     _check(method, config, store, directory, dry_run=options.dry_run)
     if options.dry_run:
       print('dry run: everything checked, nothing trained')
       return 0
-    workdir.write_json(directory / 'config.json', config_lib.flatten(config))
+    # From here on this is a run: config.json, written last, says so.
+    workdir.write_json(directory / 'data.json', _data(store, sources))
     workdir.write_json(directory / 'environment.json', environment(argv))
-    summary = method.run(config, directory, store)
+    workdir.write_json(directory / 'config.json', config_lib.flatten(config))
+    try:
+      summary = method.run(config, directory, store)
+    except Exception:
+      if not (directory / 'metrics.jsonl').exists():  # refused before anything was computed: mended, it may begin again
+        (directory / 'config.json').unlink()
+      raise
   _announce(summary, directory)
   return 0
 
 
-def open_store(config: Any, directory: pathlib.Path) -> Any:
-  """The run's token store; for a demo corpus it is fetched and prepared first.  A run keeps the store it began with."""
+def open_store(config: Any, directory: pathlib.Path) -> tuple[Any, dict | None]:
+  """The run's token store, and the sources of a demo corpus; that is fetched and prepared first.
+
+  A run keeps the store it began with, also where a demo corpus would come out otherwise today.
+  """
   from datasel import prepare
   from datasel.data import demo
   from datasel.data.store import Store
-  recorded = directory / 'data.json'
-  if recorded.exists():
-    began_with = workdir.read_json(recorded)
-    store = Store(began_with['store'], verify=config.data.verify)
+  if (directory / 'config.json').exists():
+    began_with = workdir.read_json(directory / 'data.json')
+    path = pathlib.Path(config.data.store or began_with['store']).absolute()
+    if not path.is_dir():
+      raise ValueError(f'the token store of this run is no longer in {path}; move it back, or name its new place with '
+                       '--config.data.store')
+    store = Store(path, verify=config.data.verify)
     if store.digest != began_with['digest']:
-      raise ValueError(f'{store.path} is not the store that this run began with; restore it, or take another workdir')
-    return store
-  sources = None
+      raise ValueError(f'{store.path} (digest {store.digest[:12]}) is not the store that this run began with (digest '
+                       f'{began_with["digest"][:12]}); restore it, or take another workdir')
+    return store, began_with['sources']
   if config.data.store:
-    store = Store(pathlib.Path(config.data.store).absolute(), verify=config.data.verify)
-  else:
-    corpus = demo.fetch(config.data.demo)
-    sources = workdir.read_json(corpus / 'sources.json')
-    tokenizer = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}.json'
-    if not tokenizer.exists():
-      logging.info('training a tokenizer of %d tokens', config.model.vocab_size)
-      prepare.train_tokenizer(corpus, tokenizer, vocab_size=config.model.vocab_size, max_bytes_per_domain=1_000_000)
-    path = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}-{config.data.length}'
-    store = prepare.prepare(corpus, path, tokenizer, length=config.data.length, holdout=0.05, workers=os.cpu_count() or 1)
+    return Store(pathlib.Path(config.data.store).absolute(), verify=config.data.verify), None
+  corpus = demo.fetch(config.data.demo)
+  tokenizer = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}.json'
+  if not tokenizer.exists():
+    logging.info('training a tokenizer of %d tokens', config.model.vocab_size)
+    prepare.train_tokenizer(corpus, tokenizer, vocab_size=config.model.vocab_size, max_bytes_per_domain=1_000_000)
+  path = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}-{config.data.length}'
+  store = prepare.prepare(corpus, path, tokenizer, length=config.data.length, holdout=0.05, workers=os.cpu_count() or 1)
+  return store, workdir.read_json(corpus / 'sources.json')
+
+
+def _data(store: Any, sources: dict | None) -> dict:
+  """data.json: which store, and what it holds."""
   domains = {name: {split: {k: v for k, v in store.counts(split)[name].items() if k != 'shards'}
                     for split in ('train', 'validation')} for name in store.domains}
-  workdir.write_json(recorded, {'store': str(store.path), 'digest': store.digest, 'tokenizer': store.tokenizer,
-                                'domains': domains, 'sources': sources})
-  return store
+  return {'store': str(store.path), 'digest': store.digest, 'tokenizer': store.tokenizer, 'domains': domains,
+          'sources': sources}
 
 
 def _check(method: Any, config: Any, store: Any, directory: pathlib.Path, *, dry_run: bool) -> None:
@@ -202,8 +238,14 @@ def _check_same_config(config: dict, directory: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _only_one(directory: pathlib.Path) -> Iterator[None]:
   """Two processes must not write one run."""
-  directory.mkdir(parents=True, exist_ok=True)
-  with open(directory / '.lock', 'w') as lock:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / '.lock', 'w')
+  except OSError as e:
+    if e.errno == errno.ENOSPC:
+      raise
+    raise ValueError(f'--workdir {directory} cannot be written ({e.strerror}); choose another') from e
+  with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -217,13 +259,15 @@ def _message(e: Exception) -> str:
   return str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
 
 
-def _keep_traceback(directory: pathlib.Path) -> str:
+def _keep_traceback(e: Exception, directory: pathlib.Path) -> str:
   path = directory / 'traceback.txt'
   try:
     path.write_text(traceback.format_exc())
   except OSError:  # no such folder, or a full disk
+    if isinstance(e, (ValueError, OSError)):  # the message says all
+      return ''
     traceback.print_exc()
-    return ', traceback above'
+    return '; the traceback is above'
   return f'; the traceback is in {path}'
 
 

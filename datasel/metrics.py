@@ -11,19 +11,24 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from datasel import workdir
 
 Value = float | int | dict[str, float]
 
 
 class Writer:
-  """Appends to WORKDIR/metrics.jsonl.  A context manager."""
+  """Appends to WORKDIR/metrics.jsonl.  A context manager.  Of several processes only the first writes."""
 
   def __init__(self, directory: pathlib.Path, *, tensorboard: bool = False, wandb_project: str = '',
                config: dict | None = None):
     self._path = pathlib.Path(directory) / 'metrics.jsonl'
-    self._path.parent.mkdir(parents=True, exist_ok=True)
     self._board, self._wandb = None, None
+    self._writes = jax.process_index() == 0
+    if not self._writes:
+      return
+    self._path.parent.mkdir(parents=True, exist_ok=True)
     if tensorboard:
       import tensorboardX
       self._board = tensorboardX.SummaryWriter(str(self._path.parent / 'tensorboard'), flush_secs=10)
@@ -37,12 +42,14 @@ class Writer:
 
   def rewind(self, stage: str, step: int) -> None:
     """Drops what an interrupted process wrote for `stage` after `step`, and a half-written last line."""
-    if self._path.exists():
+    if self._writes and self._path.exists():
       kept = [line for line in _lines(self._path) if line['stage'] != stage or line['step'] <= step]
       with workdir.replacing(self._path, 'w') as f:
         f.writelines(json.dumps(line) + '\n' for line in kept)
 
   def write(self, stage: str, kind: str, step: int, values: dict[str, Value]) -> None:
+    if not self._writes:
+      return
     line = {'stage': stage, 'kind': kind, 'step': step, **values}
     with open(self._path, 'a', encoding='utf-8') as f:
       f.write(json.dumps(line, allow_nan=False) + '\n')
@@ -120,7 +127,13 @@ def clock(seconds: float) -> str:
 def _lines(path: pathlib.Path) -> list[dict]:
   text = path.read_text(encoding='utf-8')
   whole = text[:text.rfind('\n') + 1]  # a kill may leave half a line at the end
-  return [json.loads(line) for line in whole.splitlines()]
+  lines = []
+  for number, line in enumerate(whole.splitlines(), 1):
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError as e:
+      raise ValueError(f'{path}, line {number} is not valid JSON ({e}); remove it, or restore a copy') from e
+  return lines
 
 
 def _flat(values: dict[str, Value]) -> Iterator[tuple[str, float]]:

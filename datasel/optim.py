@@ -54,8 +54,8 @@ def adamw(learning_rate: optax.ScalarOrSchedule, *, b1: float, b2: float, eps: f
 
 
 def adafactor(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float, clip: float) -> optax.GradientTransformation:
-  """Adafactor (Shazeer & Stern 2018) with an absolute rate and decoupled decay, as DoReMi trains: memory of one
-  parameter copy saved, since only rows and columns of the second moment are kept."""
+  """Adafactor (Shazeer & Stern 2018) with an absolute rate and decoupled decay, as DoReMi trains: of the second
+  moment only rows and columns are kept, for arrays with two axes of 128 or more, and no first moment at all."""
   return optax.chain(
     optax.clip_by_global_norm(clip),
     optax.scale_by_factored_rms(),

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import signal
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from datasel import metrics as metrics_lib
 from datasel import sharding
@@ -81,30 +83,36 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
   else:
     start, state, data_state = restored
     batches.set_state(data_state)
-  writer.rewind(stage, start)
+  writer.rewind(stage, -1 if restored is None else start)  # step 0 is evaluated again when nothing was saved
   progress.skip(start * flops_per_step)
   report = _Reporter(stage, total_steps, writer, log_every, tokens_per_step, flops_per_step, peak_flops, progress,
                      name_examples, describe)
 
+  # From the sixth step, past compilation and first reads, where the stage is long enough.
+  trace_first = start + max(0, min(5, total_steps - start - profile_steps))
+  trace_end = min(trace_first + profile_steps, total_steps)
+
   # THE ORDER BELOW IS A CONTRACT.  A checkpoint holds a state and an iterator that has produced exactly the batches the
   # state has seen, and metrics.jsonl holds exactly the records up to it: so a resumed run repeats an uninterrupted one.
-  with _stop_requests() as stop, jax.transfer_guard('disallow'):
+  # Without jit every operation moves its own constants, so the guard would forbid them all.
+  guard = jax.transfer_guard('allow' if jax.config.jax_disable_jit else 'disallow')
+  with _stop_requests(log_every) as stop, contextlib.ExitStack() as trace, guard:
     for step in range(start, total_steps + 1):
-      last = step == total_steps
+      last, stopping = step == total_steps, stop.requested(step)  # asked once: a signal may come at any time
       if evaluate is not None and (step > start or step == 0) and (last or (eval_every and step % eval_every == 0)):
         report.flush()
         with report.outside_training():
           writer.write(stage, 'eval', step, evaluate(state.params))
-      if step > start and (last or stop.requested or step % checkpoint_every == 0):
+      if step > start and (last or stopping or step % checkpoint_every == 0):
         report.flush()  # a state that is not finite is found here, before it is saved
         checkpoints.save(step, state, batches.get_state())  # before next(): see above
-      if stop.requested:
+      if stopping:
         checkpoints.wait()
-        raise Interrupted(f'{stage}: saved at step {step} of {total_steps}')
+        raise Interrupted(f'{stage}: stopped after step {step} of {total_steps}, with all of them saved')
       if last:
         break
-      if profile_steps and step == start + 5:
-        jax.profiler.start_trace(str(profile_directory / stage))
+      if profile_steps and step == trace_first:
+        trace.enter_context(jax.profiler.trace(str(profile_directory / stage)))
       with report.data_wait:
         batch = next(batches)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
@@ -112,9 +120,9 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
       if program.mesh.size > 1 and jax.default_backend() == 'cpu':
         jax.block_until_ready(step_metrics)  # simulated devices share too few cores to run two steps' collectives
       report.add(step + 1, step_metrics, batch)  # reads the step before: dispatch never waits for its own step
-      if profile_steps and step == min(start + 5 + profile_steps, total_steps) - 1:
+      if profile_steps and step + 1 == trace_end:
         jax.block_until_ready(state)
-        jax.profiler.stop_trace()
+        trace.close()
   checkpoints.wait()
   return state
 
@@ -142,9 +150,10 @@ class _Reporter:
     step, metrics, batch = self._pending
     self._pending = None
     values = jax.device_get(metrics)
-    if not (np.isfinite(values['loss']) and np.isfinite(values['grad_norm'])):
+    guarded = {name: float(values[name]) for name in ('loss', 'grad_norm', 'update_norm')}
+    if not all(map(math.isfinite, guarded.values())):
       raise FloatingPointError(
-        f"{self._stage}: step {step} gave loss {values['loss']}, gradient norm {values['grad_norm']}; its examples: "
+        f'{self._stage}: step {step} gave {", ".join(f"{name} {x}" for name, x in guarded.items())}; its examples: '
         f'{self._name_examples(batch)}.  Nothing after the last checkpoint is saved: look at these examples, lower '
         'optimizer.peak_lr, or lengthen the warm-up')
     if not self._compiled:  # the first step's time is mostly compilation
@@ -175,9 +184,10 @@ class _Reporter:
       }
       each = seconds / self._steps
       logging.info(
-        '%-18s %5d/%d  loss %.4f  %.1fk tokens/s  MFU %.0f%%  data wait %.1f%%  stage %s left, run %s left', self._stage,
-        step, self._total_steps, values['loss'], timing['time/tokens_per_second'] / 1e3, 100 * timing['time/mfu'],
-        100 * timing['time/data_wait_fraction'], metrics_lib.clock(each * (self._total_steps - step)),
+        '%-18s %5d/%d  loss %.4f  %.1fk tokens/s  MFU %.0f%%  data wait %.1f%%  stage %s left, run %s left',
+        self._stage, step, self._total_steps, values['loss'], timing['time/tokens_per_second'] / 1e3,
+        100 * timing['time/mfu'], 100 * timing['time/data_wait_fraction'],
+        metrics_lib.clock(each * (self._total_steps - step)),
         metrics_lib.clock(self._progress.seconds_left))
     described = {name: x if isinstance(x, dict) else float(x) for name, x in self._describe(values).items()}
     self._writer.write(self._stage, 'train', step, described | timing)
@@ -187,21 +197,27 @@ class _Reporter:
 class _Stop:
   """Whether this run was asked to stop; with several processes, they agree on the step."""
 
-  def __init__(self):
+  def __init__(self, agree_every: int):
     self.signalled = False
+    self._agree_every = agree_every
 
-  @property
-  def requested(self) -> bool:
-    return self.signalled
+  def requested(self, step: int) -> bool:
+    if jax.process_count() == 1:
+      return self.signalled
+    # The signal may reach one process only, or each at another step; asking costs a round trip, so not at every step.
+    if step % self._agree_every:
+      return False
+    with jax.transfer_guard('allow'):
+      return bool(multihost_utils.process_allgather(np.asarray(self.signalled)).any())
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[_Stop]:
+def _stop_requests(agree_every: int) -> Iterator[_Stop]:
   """SIGTERM (preemption) and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C ends at once."""
-  stop = _Stop()
+  stop = _Stop(agree_every)
 
   def handler(signum, frame):
-    if stop.signalled:
+    if stop.signalled and signum == signal.SIGINT:
       raise KeyboardInterrupt
     logging.warning('%s: saving a checkpoint, then stopping', signal.Signals(signum).name)
     stop.signalled = True

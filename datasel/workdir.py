@@ -32,10 +32,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-  """Reads JSON; a damaged file is named in the error."""
+  """Reads JSON; ValueError names a damaged file."""
   try:
     return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-  except json.JSONDecodeError as e:
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f'{path} is not valid JSON ({e}); delete it, or restore it from a copy') from e
 
 

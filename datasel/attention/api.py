@@ -15,10 +15,17 @@ def attention(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Arra
   q: B x L x H x Dh;  k, v: B x L x K x Dh with H a multiple of K;  float32 or bfloat16.  Scores, softmax and sums are
   float32; the result is B x L x H x Dh in q's dtype.  `mask` defaults to causal.  Differentiable in every mode.
   """
-  if q_BxLxHxDh.shape[2] % k_BxLxKxDh.shape[2] or k_BxLxKxDh.shape != v_BxLxKxDh.shape:
-    raise ValueError(f'attention: q {q_BxLxHxDh.shape}, k {k_BxLxKxDh.shape}, v {v_BxLxKxDh.shape}: want equal k and v '
-                     'and a number of query heads that is a multiple of the key/value heads')
+  mask = Mask() if mask is None else mask
+  _check_shapes(q_BxLxHxDh.shape, k_BxLxKxDh.shape, v_BxLxKxDh.shape, mask)
   name = 'reference' if implementation == 'auto' else implementation
   if name not in IMPLEMENTATIONS:
     raise ValueError(f'unknown attention implementation {name!r}; known: {sorted(["auto", *IMPLEMENTATIONS])}')
-  return IMPLEMENTATIONS[name](q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, Mask() if mask is None else mask)
+  return IMPLEMENTATIONS[name](q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask)
+
+
+def _check_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], mask: Mask) -> None:
+  if not (len(q) == len(k) == 4 and k == v and (*q[:2], q[3]) == (*k[:2], k[3]) and q[2] % k[2] == 0):
+    raise ValueError(f'attention: q {q}, k {k}, v {v}: want B x L x H x Dh, and k and v alike B x L x K x Dh, with H a '
+                     'multiple of K')
+  if mask.segment_BxL is not None and mask.segment_BxL.shape != q[:2]:
+    raise ValueError(f'attention: mask.segment_BxL has shape {mask.segment_BxL.shape}, want B x L = {q[:2]}')

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Position i sees j when all that is given holds: j <= i (causal), i - j < window, and segment[i] == segment[j] > 0."""
+  """Position i sees j when all that is given holds: j <= i (causal), |i - j| < window, segment[i] == segment[j] > 0."""
 
   causal: bool = dataclasses.field(default=True, metadata={'static': True})
   window: int | None = dataclasses.field(default=None, metadata={'static': True})

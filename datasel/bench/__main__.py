@@ -14,9 +14,9 @@ import sys
 import numpy
 
 from datasel import workdir
-from datasel.bench import data
+from datasel.bench import data, doremi
 
-BENCHMARKS = {'data': data}
+BENCHMARKS = {'data': data, 'doremi': doremi}
 
 
 def main(argv: list[str]) -> None:

@@ -34,7 +34,8 @@ _DOREMI_REPOSITORY = Mistral(
   vocab_size=50_280, n_layers=12, d_model=768, n_heads=12, n_kv_heads=12, head_dim=64, d_ff=3072, gated=False, tied=True,
   rope_fraction=0.25, dtype='bfloat16')
 
-_LAPTOP = Mistral(vocab_size=4096, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, tied=True)
+_LAPTOP = Mistral(vocab_size=4096, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, tied=True,
+                  init_std=0.05)  # narrow models learn faster from a wider start than 0.02
 
 PRESETS: dict[str, Mistral] = {
   'pds_160m': _pds(12, 768, 12, 64, 3072),

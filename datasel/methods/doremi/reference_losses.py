@@ -107,8 +107,11 @@ def compute(directory: pathlib.Path, token_nll: TokenNLL, params: Any, store: St
     batch = store.read('train', domain_N[index_B], record_N[index_B])
     device_batch = {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items() if name not in HOST_KEYS}
     values = jax.device_get(whole(params, device_batch))
-    if not np.isfinite(values).all():
-      raise FloatingPointError(f'{stage}: the reference loss of records {start} to {start + batch_size} is not finite')
+    finite_B = np.isfinite(values).all(-1)
+    if not finite_B.all():
+      row = min(start + int(finite_B.argmin()), n_rows - 1)
+      raise FloatingPointError(f'{stage}: the reference loss of {store.domains[domain_N[row]]}/{record_N[row]} is not '
+                               'finite: the reference model has diverged; lower optimizer.peak_lr')
     if lead:
       nll[start:start + batch_size] = values[:n_rows - start]
     now = time.perf_counter()

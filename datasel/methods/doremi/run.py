@@ -42,6 +42,9 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
     baseline = build.mixture(config.doremi.baseline, store, config.doremi.baseline_epochs.to_dict(), 'doremi.baseline')
     mixture_lib.write(directory / 'baseline.json', baseline)
     tuned, rounds = tune(r, baseline)
+    # Where the weights stood still, the rounds after are neither run nor counted.
+    not_run = tuple(_prefix(config, later) for later in range(len(rounds), config.doremi.rounds))
+    r.progress.skip(sum(stage.flops for stage in plan if stage.name.startswith(not_run)))
     mixture_lib.write(directory / 'mixture.json', tuned)
     mixture_lib.write_doremi(directory / 'domain_weights.json', tuned)
     summary = {'baseline': baseline.weights, 'tuned': tuned.weights, 'rounds': rounds}
@@ -53,7 +56,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
       lines = {name: metrics.read(directory, f'main-{name}', 'eval') for name in ('baseline', 'tuned')}
       summary['comparison'] = evaluate.compare(lines['tuned'], lines['baseline'])
     summary['warnings'] = warnings(r, tuned)
-    summary['cost_flops'] = {stage.name: stage.flops for stage in plan}
+    summary['cost_flops'] = {stage.name: stage.flops for stage in plan if not stage.name.startswith(not_run)}
     for warning in summary['warnings']:
       logging.warning(warning)
     workdir.write_json(directory / 'summary.json', summary)

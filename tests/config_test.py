@@ -1,0 +1,167 @@
+"""Every config file says what it is and has its paper's numbers; what no run can use is refused with what to do."""
+
+import importlib.util
+import math
+import pathlib
+
+import ml_collections
+import pytest
+
+from datasel import config as config_lib
+from datasel import workdir
+from datasel.models.presets import PRESETS
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = {str(path.relative_to(ROOT / 'configs').with_suffix('')): path for path in sorted((ROOT / 'configs').rglob('*.py'))}
+
+
+def module(name):
+  spec = importlib.util.spec_from_file_location(name.replace('/', '_'), FILES[name])
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  return loaded
+
+
+def load(name, arg=''):
+  return module(name).get_config(arg)
+
+
+@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('arg', ['', 'smoke'])
+def test_every_config_loads_locked_and_can_be_written_down(name, arg, tmp_path):
+  config = load(name, arg)
+  assert config.is_locked and config.method == name.split('/')[0]
+  with pytest.raises((KeyError, AttributeError), match='lerning_rate'):
+    config.optimizer.lerning_rate = 1.0
+  flat = config_lib.flatten(config)
+  # What a reader has to hold in mind: the second model has the keys of the first, a table of domains is one thing.
+  assert sum(not key.startswith(('doremi.model.', 'doremi.baseline_epochs.')) for key in flat) <= 80
+  workdir.write_json(tmp_path / 'config.json', flat)
+  assert config_lib.difference(workdir.read_json(tmp_path / 'config.json'), flat) == []
+  config_lib.to_model(config.model)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_every_config_says_its_command_hardware_and_outcome(name):
+  said = module(name).__doc__
+  assert 'Command:' in said and 'Hardware:' in said and ('Outcome:' in said or 'Paper:' in said or 'Released:' in said)
+  if name != 'doremi/demo':
+    assert f'--config=configs/{name}.py' in said and 'Expects:' in said
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_config_can_run_once_it_has_data(name):
+  config = load(name)
+  if not config.data.demo:
+    with pytest.raises(ValueError, match='no data.*prepare'):
+      config_lib.check(config)
+    config.data.store = 'somewhere'
+  config_lib.check(config)
+  config_lib.check(load(name, 'smoke'))
+
+
+# DoReMi, arXiv 2305.10429, Appendix C; its repository's Pile run; PDS, arXiv 2410.07064, Appendix.
+DOREMI = {'train.batch_size': 512, 'doremi.batch_size': 512, 'optimizer.name': 'adafactor', 'optimizer.peak_lr': 1e-3,
+          'optimizer.end_lr': 1e-4, 'optimizer.schedule': 'exponential', 'optimizer.warmup_fraction': 0.06,
+          'optimizer.weight_decay': 1e-2, 'optimizer.clip': 1.0, 'data.length': 1024, 'doremi.smoothing': 1e-3,
+          'doremi.step_size': 1.0, 'doremi.clip': True, 'doremi.loss_reduction': 'domain_mean',
+          'doremi.missing_domain': 'zero', 'doremi.average_includes_initial': False}
+PILE_280M = DOREMI | {'train.steps': 200_000, 'doremi.steps': 200_000, 'doremi.baseline': 'pile', 'doremi.rounds': 1}
+GLAM = DOREMI | {'doremi.steps': 300_000, 'doremi.baseline': 'uniform', 'doremi.tolerance': 1e-3}
+REPOSITORY = {'train.steps': 200_000, 'doremi.steps': 200_000, 'train.batch_size': 512, 'doremi.batch_size': 512,
+              'optimizer.name': 'adamw', 'optimizer.peak_lr': 1e-3, 'optimizer.end_lr': 1e-4, 'optimizer.b1': 0.9,
+              'optimizer.b2': 0.99, 'optimizer.eps': 1e-8, 'optimizer.weight_decay': 0.01,
+              'optimizer.schedule': 'exponential_gap', 'doremi.smoothing': 1e-3, 'doremi.step_size': 1.0,
+              'doremi.loss_reduction': 'token_mean', 'doremi.missing_domain': 'keep',
+              'doremi.average_includes_initial': True}
+PDS = {'train.steps': 100_000, 'train.batch_size': 512, 'data.length': 1024, 'optimizer.name': 'adamw',
+       'optimizer.schedule': 'cosine', 'optimizer.b1': 0.9, 'optimizer.b2': 0.98, 'optimizer.eps': 1e-6,
+       'optimizer.weight_decay': 1e-2, 'optimizer.clip': 1.0, 'optimizer.warmup_fraction': 0.02}
+
+
+@pytest.mark.parametrize(('name', 'preset', 'paper'), [
+  ('doremi/pile_280m', 'doremi_8b', PILE_280M),
+  ('doremi/glam_rounds', 'doremi_8b', GLAM),
+  ('doremi/pile_120m', 'doremi_120m_repository', REPOSITORY),
+  ('pretrain/pds_160m', 'pds_160m', PDS | {'optimizer.peak_lr': 6e-4, 'optimizer.end_lr': 6e-5}),
+  ('pretrain/pds_470m', 'pds_470m', PDS | {'optimizer.peak_lr': 3e-4, 'optimizer.end_lr': 3e-5}),
+  ('pretrain/pds_1b', 'pds_1b', PDS | {'optimizer.peak_lr': 2.5e-4, 'optimizer.end_lr': 2.5e-5}),
+  ('pretrain/pds_1_7b', 'pds_1_7b', PDS),
+])
+def test_numbers_are_the_papers(name, preset, paper):
+  config = load(name)
+  flat = config_lib.flatten(config)
+  assert {key: flat[key] for key in paper} == paper
+  assert config_lib.to_model(config.model) == PRESETS[preset]
+
+
+def test_pile_epochs_name_its_22_domains():
+  epochs = load('doremi/pile_280m').doremi.baseline_epochs.to_dict()
+  assert len(epochs) == 22 and epochs['Wikipedia_en'] == 3.0 and epochs['Pile-CC'] == 1.0
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_smoke_changes_the_size_and_not_the_method(name):
+  full, smoke = (config_lib.flatten(load(name, arg)) for arg in ('', 'smoke'))
+  may_change = ('data.', 'model.', 'train.', 'mesh.', 'doremi.model.', 'doremi.steps', 'doremi.batch_size',
+                'doremi.microbatches', 'doremi.rounds', 'doremi.seeds', 'doremi.baseline_epochs')
+  assert not [line for line in config_lib.difference(full, smoke) if not line.startswith(may_change)]
+  assert smoke['data.demo'] == 'offline' and smoke['train.steps'] <= 20
+
+
+def test_unknown_argument_after_the_colon_is_refused():
+  with pytest.raises(ValueError, match="'smok'.*known: 'smoke'"):
+    load('doremi/demo', 'smok')
+
+
+def test_unknown_preset_is_refused_with_the_known_ones():
+  with pytest.raises(ValueError, match="'pds_160'.*pds_160m"):
+    config_lib.model('pds_160')
+
+
+@pytest.mark.parametrize(('argument', 'suggested'), [
+  ('--config.optimizer.peak_rl=1', 'optimizer.peak_lr'), ('--config.trian.steps=5', 'train.steps'),
+  ('--config.doremi.step_sise=2', 'doremi.step_size'), ('-config.sede=1', 'seed'),
+  ('--config.optimizer=adamw', 'optimizer.name'), ('--config.zzzzzzzz=1', 'data.block')])
+def test_unknown_key_is_refused_with_the_nearest(argument, suggested):
+  with pytest.raises(ValueError, match=f'no such key; did you mean .*{suggested}'):
+    config_lib.check_overrides(load('doremi/demo'), ['--workdir=x', argument])
+
+
+def test_known_keys_and_other_flags_pass():
+  config_lib.check_overrides(load('doremi/demo'), ['--workdir=x', '--config.train.steps=5', '--config.model.window=8',
+                                                   '--config.doremi.model.n_layers', '3', '--dry_run'])
+
+
+@pytest.mark.parametrize(('key', 'value', 'message'), [
+  ('optimizer.peak_lr', math.nan, 'optimizer.peak_lr is nan; want a finite'),
+  ('doremi.tolerance', math.inf, 'doremi.tolerance is inf'), ('doremi.model.rope_theta', -math.inf, 'rope_theta is -inf'),
+  ('train.steps', 0, 'train.steps is 0; want at least 1'), ('doremi.steps', 0, 'doremi.steps is 0'),
+  ('doremi.seeds', 0, 'doremi.seeds is 0'), ('doremi.rounds', -1, 'doremi.rounds is -1'),
+  ('data.prefetch', 0, 'data.prefetch is 0'), ('train.log_every', 0, 'train.log_every is 0'),
+  ('train.eval_every', -1, 'train.eval_every is -1; want at least 0'),
+  ('train.eval_sequences', -5, 'train.eval_sequences is -5'), ('train.keep_checkpoints', 1, 'keep_checkpoints is 1'),
+  ('train.microbatches', 3, 'microbatches 3 does not divide .*batch_size 32'),
+  ('doremi.microbatches', 5, 'microbatches 5 does not divide .*batch_size 32'),
+  ('optimizer.warmup_fraction', 1.5, 'warmup_fraction is 1.5'), ('data.verify', 'quick', "'full' or 'size'"),
+  ('data.demo', '', 'no data')])
+def test_what_no_run_can_use_is_refused_by_its_key(key, value, message):
+  config = load('doremi/demo')
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=message):
+    config_lib.check(config)
+
+
+def test_difference_names_every_changed_key():
+  old, new = {'a.b': 1, 'c': 'x', 'same': None}, {'a.b': 2, 'd': 0.5, 'same': None}
+  assert config_lib.difference(old, new) == ['a.b: 1 -> 2', "c: 'x' -> '(absent)'", "d: '(absent)' -> 0.5"]
+  assert config_lib.difference(old, old) == []
+
+
+def test_an_absent_key_is_not_a_key_without_a_value():
+  assert config_lib.difference({'window': None}, {}) == ["window: None -> '(absent)'"]
+
+
+def test_flatten_and_back():
+  nested = {'a': 1, 'b': {'c': 'x', 'd': {'e': 0.5}}}
+  assert config_lib.flatten(ml_collections.ConfigDict(nested)) == {'a': 1, 'b.c': 'x', 'b.d.e': 0.5}

@@ -1,0 +1,61 @@
+"""Every config's ':smoke' form runs through the command line to its end: the offline corpus, a few steps, a report."""
+
+import logging
+import math
+import pathlib
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from datasel import config as config_lib
+from datasel import main, metrics, workdir
+from datasel.data import mixture
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / 'configs').rglob('*.py'))
+CACHE = {'jax_compilation_cache_dir': None, 'jax_persistent_cache_min_compile_time_secs': 0.0}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def shared_caches(tmp_path_factory):
+  """One corpus and one cache of compiled programs for all runs; the settings of this process are put back."""
+  folder = tmp_path_factory.mktemp('caches')
+  before = {name: getattr(jax.config, name) for name in CACHE}
+  root = logging.getLogger()
+  handlers, level = root.handlers[:], root.level
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('DATASEL_CACHE', str(folder / 'datasel'))
+    for name, value in (CACHE | {'jax_compilation_cache_dir': str(folder / 'compiled')}).items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  root.handlers[:] = handlers
+  root.setLevel(level)
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: str(file.relative_to(ROOT / 'configs')))
+def test_smoke_form_runs_to_its_end(file, tmp_path, capsys):
+  assert main.main([f'--config={file}:smoke', f'--workdir={tmp_path}']) == 0, capsys.readouterr().err
+  config = workdir.read_json(tmp_path / 'config.json')
+  assert (tmp_path / 'report.html').read_text(encoding='utf-8').rstrip().endswith('</html>')
+  weights = mixture.load(tmp_path / 'mixture.json').weights
+  assert math.fsum(weights.values()) == pytest.approx(1, abs=1e-12) and len(weights) >= 3
+  for stage in {line['stage'] for line in metrics.read(tmp_path)}:
+    trained = metrics.read(tmp_path, stage, 'train')
+    assert trained[-1]['step'] == config['train.steps' if stage.startswith('main') else 'doremi.steps']
+    held_out = metrics.read(tmp_path, stage, 'eval')
+    assert held_out[-1]['uniform_nll'] < held_out[0]['uniform_nll'], f'{stage} has learnt nothing'
+    assert set(held_out[-1]['nll']) == set(weights)
+  assert 'report.html' in capsys.readouterr().out
+
+
+def test_a_smoke_run_is_the_config_it_says(tmp_path):
+  """--print_config shows what a run would record, override applied."""
+  file = ROOT / 'configs/doremi/demo.py'
+  options = main.parse([f'--config={file}:smoke', f'--workdir={tmp_path}', '--config.train.steps=7'])
+  assert config_lib.flatten(options.config)['train.steps'] == 7
+  assert options.config.data.demo == 'offline'

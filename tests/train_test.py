@@ -127,9 +127,8 @@ def test_the_outcome_is_not_trivial(left_alone):
   assert len(losses) == STEPS and losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize('devices', [1, 4])
-@pytest.mark.parametrize('cuts', [[0], [2], [4], [6, 11], [5, 6, 7]])
-def test_a_killed_run_resumes_to_the_same_bits(setting, left_alone, tmp_path, cuts, devices):
+@pytest.mark.parametrize('devices,cuts', [(1, [0]), (1, [2]), (1, [4]), (1, [5, 6, 11]), (4, [6, 9])])
+def test_a_killed_run_resumes_to_the_same_bits(setting, left_alone, tmp_path, devices, cuts):
   for n in cuts:
     with pytest.raises(Killed):
       setting.fit(tmp_path, act=at(n, kill), devices=devices)
@@ -199,11 +198,10 @@ def test_a_profile_is_left_also_by_a_short_stage(setting, tmp_path, steps):
 
 
 def test_a_kill_while_profiling_does_not_block_the_next_profile(setting, tmp_path):
-  profile = {'profile_steps': 3, 'profile_directory': tmp_path / 'profile'}
   with pytest.raises(Killed):
-    setting.fit(tmp_path, act=at(6, kill), **profile)
-  setting.fit(tmp_path, **profile)
-  assert len(list((tmp_path / 'profile').rglob('*.xplane.pb'))) == 2
+    setting.fit(tmp_path, act=at(6, kill), profile_steps=3, profile_directory=tmp_path / 'first')
+  setting.fit(tmp_path, profile_steps=3, profile_directory=tmp_path / 'second')
+  assert list((tmp_path / 'second').rglob('*.xplane.pb'))
 
 
 def test_the_loop_runs_without_jit(setting, tmp_path):

@@ -14,7 +14,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from datasel import build, metrics, sharding, workdir
 from datasel import config as config_lib
 from datasel.data import mixture
-from datasel.methods.doremi import reference_losses
 from datasel.methods.doremi import run as doremi
 
 TINY = {'vocab_size': 400, 'n_layers': 1, 'd_model': 16, 'n_heads': 2, 'n_kv_heads': 1, 'head_dim': 8, 'd_ff': 16}
@@ -47,7 +46,7 @@ def make_config(**changes):
   config = config_lib.base('doremi')
   config.doremi = config_lib.doremi()
   config.update_from_flattened_dict({
-    'data.length': 32, 'data.block': 64, 'tracking.tensorboard': False, 'optimizer.peak_lr': 1e-2,
+    'data.store': 'given by hand', 'data.length': 32, 'data.block': 64, 'tracking.tensorboard': False, 'optimizer.peak_lr': 1e-2,
     'train.steps': 4, 'train.batch_size': 8, 'train.log_every': 1, 'train.checkpoint_every': 3, 'train.eval_every': 2,
     'train.eval_sequences': 4, 'doremi.steps': 4, 'doremi.batch_size': 8, 'doremi.train_main': False}
     | {f'{part}.{key}': value for part in ('model', 'doremi.model') for key, value in TINY.items()})
@@ -204,17 +203,23 @@ def test_a_finished_run_is_not_run_again(finished, store):
 
 
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(finished, store, tmp_path, monkeypatch):
-  def interrupted(*args, **kwargs):
-    raise KeyboardInterrupt
+  """In its reference model before the first checkpoint, between two stages, and in its proxy after a checkpoint."""
   config = make_config(doremi__baseline='pile', doremi__microbatches=2)
-  add = reference_losses.ReferenceLosses.add
-  calls = iter(range(100))
-  for target, attribute, broken in (
-      (reference_losses, 'compute', interrupted),
-      (reference_losses.ReferenceLosses, 'add', lambda *args: add(*args) if next(calls) < 4 else interrupted())):
+  write = metrics.Writer.write
+
+  def run_until(*end):
+    def broken(writer, *line):
+      if line[:3] == end:
+        raise KeyboardInterrupt
+      write(writer, *line)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-      patch.setattr(target, attribute, broken)
+      patch.setattr(metrics.Writer, 'write', broken)
       doremi.run(config, tmp_path, store)
+
+  run_until('reference', 'train', 2)
+  run_until('proxy-0', 'eval', 0)
+  run_until('proxy-0', 'train', 4)
   doremi.run(config, tmp_path, store)
   whole, _ = finished('pile')
   for name in ('mixture.json', 'summary.json', 'proxy-0/weights.json', 'reference_nll/nll.npy'):
@@ -225,11 +230,11 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(finished, store, 
 DOMAINS = ('code', 'news', 'web')
 
 
-def warnings(folder, *, tuned=(0.5, 0.3, 0.2), present=(1, 1, 1), reference=3.0, proxy=4.0, epochs=1.0):
+def warnings(folder, *, tuned=(0.5, 0.3, 0.2), present=((1, 1, 1), (1, 1, 1)), reference=3.0, proxy=4.0, epochs=1.0):
   """The warnings of a run that is hand-made."""
   lines = [{'stage': 'reference', 'kind': 'eval', 'step': 2, 'uniform_nll': reference},
            *({'stage': 'proxy-0', 'kind': 'train', 'step': step, 'present': dict(zip(DOMAINS, values))}
-             for step, values in enumerate((present, (1, 1, 1)))),
+             for step, values in enumerate(present)),
            {'stage': 'proxy-0', 'kind': 'eval', 'step': 2, 'uniform_nll': proxy}]
   (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
   workdir.write_json(folder / 'main-tuned/stage.json', {'epochs': {'code': epochs, 'news': 1.0, 'web': 1.0}})
@@ -239,12 +244,12 @@ def warnings(folder, *, tuned=(0.5, 0.3, 0.2), present=(1, 1, 1), reference=3.0,
 
 def test_a_sound_run_warns_of_nothing(tmp_path):
   assert warnings(tmp_path) == []
-  assert warnings(tmp_path, tuned=(0.9, 0.05, 0.05), present=(0, 0, 1), reference=4.0, epochs=4.0) == []
+  assert warnings(tmp_path, tuned=(0.9, 0.05, 0.05), present=((0, 1, 1), (1, 0, 1)), reference=4.0, epochs=4.0) == []
 
 
 @pytest.mark.parametrize(('change', 'said'), [
   ({'tuned': (0.02, 0.95, 0.03)}, 'nearly one-hot: news has 0.950'),
-  ({'present': (-0.1, 1, 1)}, 'proxy-0: domains absent from many batches: code (55%)'),
+  ({'present': ((1, 1, 1), (1, 0, 1), (1, 0, 1))}, 'proxy-0: domains absent from many batches: news (67%)'),
   ({'reference': 4.5}, 'the reference (held-out 4.500 nats/token, mean over domains) is worse than the proxy (4.000)'),
   ({'epochs': 7.25}, 'main-tuned: domains read more than 4 times: code (7.2)')])
 def test_a_warning_for_each_thing_that_spoils_the_weights(tmp_path, change, said):

@@ -103,8 +103,8 @@ def check_store(store: Store, config: ml_collections.ConfigDict, models: dict[st
     if wanted.digest != store.tokenizer['digest']:
       raise ValueError(
         f'config.data.tokenizer {config.data.tokenizer!r} is not the tokenizer that {store.path} was made with '
-        f'({store.tokenizer["name"]}, sha256 {store.tokenizer["digest"][:12]}; given: {wanted.digest[:12]}); prepare the '
-        'store again, or name its own')
+        f'({store.tokenizer["name"]}, sha256 {store.tokenizer["digest"][:12]}; given: {wanted.digest[:12]}); prepare '
+        'the store again, or name its own')
 
 
 def mixture(kind: str, store: Store, epochs: dict[str, float], key: str) -> Mixture:
@@ -176,12 +176,14 @@ def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: 
         seen[kind] = compiled_memory(stage, config, mesh)
       if seen[kind] > device_memory():
         raise ValueError(f'{stage.name}: its compiled step needs {seen[kind] / 2**30:.1f} GiB on a device of '
-                         f'{device_memory() / 2**30:.1f} GiB; raise microbatches, shard further, or take a smaller model')
+                         f'{device_memory() / 2**30:.1f} GiB; raise microbatches, shard further, or take a smaller '
+                         'model')
       used = f'{seen[kind] / 2**30:.2f}'
       checkpoint_bytes = 12 * stage.model.n_params * (config.train.keep_checkpoints + 1)
       check_disk(directory / stage.name, checkpoint_bytes, f'the checkpoints of {stage.name}')
     tokens = stage.steps * stage.batch_size * stage.length
-    lines.append(f'{stage.name:24s} {stage.model.n_params:14,} {stage.steps:8,} {tokens:10.3g} {stage.flops:9.2e} {used:>10s}')
+    lines.append(f'{stage.name:24s} {stage.model.n_params:14,} {stage.steps:8,} {tokens:10.3g} {stage.flops:9.2e} '
+                 f'{used:>10s}')
   return '\n'.join(lines)
 
 
@@ -192,7 +194,8 @@ def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sha
 
 
 def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, init_role: str = 'init',
-                add_columns: Callable[[dict], dict] | None = None, describe: Callable[[dict], dict] = lambda m: m) -> State:
+                add_columns: Callable[[dict], dict] | None = None,
+                describe: Callable[[dict], dict] = lambda m: m) -> State:
   """Trains one model of a run, or finishes one that was begun: sampler, program, checkpoints and evaluation wired up.
 
   role and init_role name the seeds of the data order and of the initial parameters; add_columns adds the stage's

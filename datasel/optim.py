@@ -9,7 +9,7 @@ import optax
 
 
 def schedule(name: str, *, peak: float, end: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-  """Learning rate by update: linear from 0 to `peak` over `warmup_steps`, then the named decay to `end` at `total_steps`.
+  """Learning rate by update: linear up to `peak` in `warmup_steps`, then the named decay to `end` at `total_steps`.
 
   'constant'         stays at `peak`
   'cosine'           half a cosine down to `end`                                         (PDS, RegMix 1B)
@@ -53,7 +53,8 @@ def adamw(learning_rate: optax.ScalarOrSchedule, *, b1: float, b2: float, eps: f
                      optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed))
 
 
-def adafactor(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float, clip: float) -> optax.GradientTransformation:
+def adafactor(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float,
+              clip: float) -> optax.GradientTransformation:
   """Adafactor (Shazeer & Stern 2018) with an absolute rate and decoupled decay, as DoReMi trains: of the second
   moment only rows and columns are kept, for arrays with two axes of 128 or more, and no first moment at all."""
   return optax.chain(

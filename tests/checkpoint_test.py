@@ -184,7 +184,8 @@ def test_parameters_of_another_shape_are_refused_by_name(copy):
 
 
 def test_no_step_to_start_from_is_an_error(tmp_path):
-  with Checkpoints(tmp_path / 'none', keep=2) as reader, pytest.raises(FileNotFoundError, match='nothing to start from'):
+  reader = Checkpoints(tmp_path / 'none', keep=2)
+  with pytest.raises(FileNotFoundError, match='nothing to start from'):
     reader.restore_params(abstract(state(0)).params)
   assert not (tmp_path / 'none').exists()
 

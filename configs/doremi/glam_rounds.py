@@ -2,7 +2,8 @@ r"""Iterated DoReMi, as the paper runs it on the GLaM data: from uniform weights
 
 Expects:   a token store of GLaM's 8 domains, SentencePiece vocabulary of 256k; other corpora work alike.
 Command:   python -m datasel.main --config=configs/doremi/glam_rounds.py --workdir=DIR --config.data.store=STORE
-Hardware:  paper: TPU v3.  Cost by formula: 2.7e20 FLOPs each for the reference and the proxy of a round (280M, 300k steps).
+Hardware:  paper: TPU v3.  Cost by formula: 2.7e20 FLOPs each for the reference and the proxy of a round (280M, 300k
+           steps).
 Paper:     three rounds, stopping when no weight moves by 1e-3; filtered web .51, conversations .22, books .17,
            Wikipedia .05, forums .04, news .02.  Not yet run with this code.
 """

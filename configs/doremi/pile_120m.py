@@ -1,10 +1,10 @@
-r"""DoReMi as the released code trains it on the Pile: 120M reference, proxy and main model, AdamW, every switch as there.
+r"""DoReMi as the released code trains it on the Pile: 120M reference, proxy and main model, every switch as there.
 
 Expects:   a token store of the Pile's 22 domains, GPT-NeoX tokenizer (vocabulary padded to 50,280).
 Command:   python -m datasel.main --config=configs/doremi/pile_120m.py --workdir=DIR --config.data.store=STORE
 Hardware:  released: 8 A100 GPUs.  Cost by formula: 8.4e19 FLOPs for each of the four models.
-Released:  weights of round 1: OpenWebText2 .19, Pile-CC .14, Wikipedia .11; 15 of 22 domains better, the baseline's final
-           loss after 70k of 200k steps.  Not yet run with this code.
+Released:  weights of round 1: OpenWebText2 .19, Pile-CC .14, Wikipedia .11; 15 of 22 domains better, the baseline's
+           final loss after 70k of 200k steps.  Not yet run with this code.
 
 What differs from the released code: RMSNorm without biases for LayerNorm, and its staleness is not copied (with several
 devices or accumulation its losses used the weights of the step before).

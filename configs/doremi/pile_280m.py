@@ -1,4 +1,4 @@
-r"""DoReMi as its paper trains it on the Pile: 280M reference and proxy, 8B main model (arXiv 2305.10429, Tables 9 and App. C).
+r"""DoReMi as its paper trains it on the Pile: 280M reference and proxy, 8B main model (2305.10429, Table 9, App. C).
 
 Expects:   a token store of the Pile's 22 domains with a SentencePiece vocabulary of 256k (any up to that size fits).
 Command:   python -m datasel.main --config=configs/doremi/pile_280m.py --workdir=DIR --config.data.store=STORE
@@ -13,8 +13,9 @@ from datasel import config as config_lib
 
 # How often the Pile's authors repeat each domain (Gao et al. 2020, Table 1), for the baseline weights.
 PILE_EPOCHS = {
-  'Pile-CC': 1.0, 'PubMed_Central': 2.0, 'Books3': 1.5, 'OpenWebText2': 2.0, 'ArXiv': 2.0, 'Github': 1.0, 'FreeLaw': 1.5,
-  'StackExchange': 2.0, 'USPTO_Backgrounds': 2.0, 'PubMed_Abstracts': 2.0, 'Gutenberg_PG-19': 2.5, 'OpenSubtitles': 1.5,
+  'Pile-CC': 1.0, 'PubMed_Central': 2.0, 'Books3': 1.5, 'OpenWebText2': 2.0, 'ArXiv': 2.0, 'Github': 1.0,
+  'FreeLaw': 1.5, 'StackExchange': 2.0, 'USPTO_Backgrounds': 2.0, 'PubMed_Abstracts': 2.0, 'Gutenberg_PG-19': 2.5,
+  'OpenSubtitles': 1.5,
   'Wikipedia_en': 3.0, 'DM_Mathematics': 2.0, 'Ubuntu_IRC': 2.0, 'BookCorpus2': 1.5, 'EuroParl': 2.0, 'HackerNews': 2.0,
   'YoutubeSubtitles': 2.0, 'PhilPapers': 2.0, 'NIH_ExPorter': 2.0, 'Enron_Emails': 2.0,
 }

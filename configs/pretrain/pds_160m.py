@@ -1,4 +1,4 @@
-r"""Pre-training a 160M Mistral as the PDS paper does (arXiv 2410.07064): 100k steps of 512 x 1,024 tokens, 52.4B in all.
+r"""Pre-training a 160M Mistral as the PDS paper does (2410.07064): 100k steps of 512 x 1,024 tokens, 52.4B in all.
 
 Expects:   a token store, Mistral's tokenizer (32,000), sequences of 1,024 tokens.
 Command:   python -m datasel.main --config=configs/pretrain/pds_160m.py --workdir=DIR --config.data.store=STORE

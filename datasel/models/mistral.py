@@ -45,7 +45,7 @@ class Mistral:
   window: int | None = None  # sliding attention window, tokens
   norm_eps: float = 1e-5
   init_std: float = 0.02
-  residual_init_std: float | None = None  # of the matrices that write to the residual stream; default init_std / sqrt(2 n_layers)
+  residual_init_std: float | None = None  # of what writes to the residual stream; default init_std / sqrt(2 n_layers)
   dtype: str = 'float32'  # of activations and matrix products; parameters, norms, softmax and losses are float32
   remat: str = 'full'
   attention: str = 'auto'

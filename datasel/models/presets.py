@@ -31,8 +31,8 @@ def _regmix(n_layers: int, n_heads: int, d_model: int, d_ff: int) -> Mistral:
 _DOREMI_REPOSITORY = Mistral(
   # The released 120M proxy: GPT-2 shape with a quarter of each head rotating, vocabulary padded to a multiple of 8.
   # The original has LayerNorm with biases; everything here is bias-free RMSNorm.
-  vocab_size=50_280, n_layers=12, d_model=768, n_heads=12, n_kv_heads=12, head_dim=64, d_ff=3072, gated=False, tied=True,
-  rope_fraction=0.25, dtype='bfloat16')
+  vocab_size=50_280, n_layers=12, d_model=768, n_heads=12, n_kv_heads=12, head_dim=64, d_ff=3072, gated=False,
+  tied=True, rope_fraction=0.25, dtype='bfloat16')
 
 _LAPTOP = Mistral(vocab_size=4096, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, tied=True,
                   init_std=0.05)  # narrow models learn faster from a wider start than 0.02

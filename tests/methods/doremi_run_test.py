@@ -46,7 +46,8 @@ def make_config(**changes):
   config = config_lib.base('doremi')
   config.doremi = config_lib.doremi()
   config.update_from_flattened_dict({
-    'data.store': 'given by hand', 'data.length': 32, 'data.block': 64, 'tracking.tensorboard': False, 'optimizer.peak_lr': 1e-2,
+    'data.store': 'given by hand', 'data.length': 32, 'data.block': 64, 'tracking.tensorboard': False,
+    'optimizer.peak_lr': 1e-2,
     'train.steps': 4, 'train.batch_size': 8, 'train.log_every': 1, 'train.checkpoint_every': 3, 'train.eval_every': 2,
     'train.eval_sequences': 4, 'doremi.steps': 4, 'doremi.batch_size': 8, 'doremi.train_main': False}
     | {f'{part}.{key}': value for part in ('model', 'doremi.model') for key, value in TINY.items()})
@@ -102,12 +103,14 @@ def test_artefacts_agree(finished, store):
   assert summary['rounds'][0]['seeds'] == [proxy['average'] for proxy in proxies] == tuned.provenance['seeds']
   assert tuned.provenance['store'] == store.digest and tuned.provenance['tokenizer'] == store.tokenizer
   assert (folder / 'report.html').exists()
-  assert set(summary['cost_flops']) == {'reference', 'reference_nll', 'proxy-0', 'proxy-1', 'main-baseline', 'main-tuned'}
+  assert set(summary['cost_flops']) == {'reference', 'reference_nll', 'proxy-0', 'proxy-1', 'main-baseline',
+                                        'main-tuned'}
   trained = {line['stage'] for line in metrics.read(folder)}
   assert trained == summary['cost_flops'].keys() - {'reference_nll'}
 
 
-@pytest.mark.parametrize(('name', 'stage', 'initial'), [('tokens', 'proxy-1', False), ('examples', 'round-2/proxy-0', True)])
+@pytest.mark.parametrize(('name', 'stage', 'initial'), [('tokens', 'proxy-1', False),
+                                                        ('examples', 'round-2/proxy-0', True)])
 def test_weights_are_the_mean_over_the_steps(finished, store, name, stage, initial):
   """From metrics.jsonl, which holds every step's weights here: the paper's mean, and the repository's with step 0."""
   folder, _ = finished(name)

@@ -94,8 +94,8 @@ def test_four_devices_compute_the_same(store, params, tmp_path):
   records = reference_losses.visited(samplers(store), STEPS)
   alone = compute(tmp_path / 'alone', store, params)
   spread = reference_losses.compute(
-    tmp_path / 'spread', table_nll, params, store, sharding.make_mesh(2, 2, 1), records, batch_size=BATCH, provenance={},
-    stage='reference_nll', progress=metrics.Progress(1.0), flops_per_row=1.0)
+    tmp_path / 'spread', table_nll, params, store, sharding.make_mesh(2, 2, 1), records, batch_size=BATCH,
+    provenance={}, stage='reference_nll', progress=metrics.Progress(1.0), flops_per_row=1.0)
   for batch in batches(store):
     np.testing.assert_allclose(*(x.add(batch)['reference_nll_BxL'] for x in (alone, spread)), rtol=1e-6, atol=1e-6)
 
@@ -139,7 +139,8 @@ def test_a_partial_result_of_other_parameters_is_not_continued(store, params, tm
     compute(tmp_path / 'losses', store, params, read_from=CountedStore(store, fail_after=4))
   losses = compute(tmp_path / 'losses', store, 2 * params, provenance='seed 1')
   for batch in batches(store):
-    np.testing.assert_allclose(losses.add(batch)['reference_nll_BxL'], table_nll(2 * params, batch), rtol=1e-5, atol=1e-6)
+    got = losses.add(batch)['reference_nll_BxL']
+    np.testing.assert_allclose(got, table_nll(2 * params, batch), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', ['nll.npy', 'records-email.npy'])

@@ -50,8 +50,8 @@ def average(aux: dict, *, include_initial: bool = False) -> jax.Array:
   return jnp.where(count > 0, total_M / jnp.maximum(count, 1), 1 / n_domains)
 
 
-def group_dro(token_nll: TokenNLL, n_domains: int, *, step_size: float = 1.0, smoothing: float = 1e-3, clip: bool = True,
-              loss_reduction: str = 'domain_mean', missing_domain: str = 'zero',
+def group_dro(token_nll: TokenNLL, n_domains: int, *, step_size: float = 1.0, smoothing: float = 1e-3,
+              clip: bool = True, loss_reduction: str = 'domain_mean', missing_domain: str = 'zero',
               sampling_M: jax.Array | None = None) -> Objective:
   """The proxy model's objective.  The batch carries `reference_nll_BxL` and `domain_B`.
 

@@ -1,7 +1,7 @@
 """The reference model's loss of every token that the proxies will see, computed once and kept on disk.
 
-A proxy step then costs what a plain step costs: it reads 4 bytes more per token.  Which examples a run will see is known
-before it starts, because the sampler is a pure function; only those are computed.
+A proxy step then costs what a plain step costs: it reads 4 bytes more per token.  Which examples a run will see is
+known before it starts, because the sampler is a pure function; only those are computed.
 
   DIRECTORY/records-DOMAIN.npy   int64, sorted record numbers of that domain
   DIRECTORY/nll.npy              float32 [rows, L], nats; domain after domain in the store's order, records in order
@@ -33,12 +33,13 @@ class ReferenceLosses:
     """Raises ValueError for files that are damaged or of another store."""
     manifest = workdir.read_json(directory / _MANIFEST)
     if manifest['store'] != store.digest:
-      raise ValueError(f'{directory} holds losses of another token store than {store.path}; delete it to compute them again')
+      raise ValueError(f'{directory} holds losses of another token store than {store.path}; delete it to compute them '
+                       'again')
     for name, wanted in manifest['files'].items():
       got = workdir.digest_file(directory / name) if (directory / name).exists() else 'no file'
       if got != wanted:
-        raise ValueError(f'{directory / name} is damaged (sha256 {got[:12]}, want {wanted[:12]}); delete {directory} to '
-                         'compute the reference losses again')
+        raise ValueError(f'{directory / name} is damaged (sha256 {got[:12]}, want {wanted[:12]}); delete {directory} '
+                         'to compute the reference losses again')
     self._directory = directory
     self._domains = store.domains
     self._records = [np.load(directory / _records_file(name)) for name in store.domains]
@@ -105,7 +106,8 @@ def compute(directory: pathlib.Path, token_nll: TokenNLL, params: Any, store: St
   for start in range(done, n_rows, batch_size):
     index_B = np.minimum(np.arange(start + first, start + last), n_rows - 1)
     batch = store.read('train', domain_N[index_B], record_N[index_B])
-    device_batch = {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items() if name not in HOST_KEYS}
+    device_batch = {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()
+                    if name not in HOST_KEYS}
     values = jax.device_get(whole(params, device_batch))
     finite_B = np.isfinite(values).all(-1)
     if not finite_B.all():
@@ -123,7 +125,8 @@ def compute(directory: pathlib.Path, token_nll: TokenNLL, params: Any, store: St
       progress.add((done - since) * flops_per_row, now - shown)
       rate = (done - since) / (now - shown)
       logging.info('%-18s %5d/%d  %.1fk tokens/s  stage %s left, run %s left', stage, done, n_rows,
-                   rate * store.length / 1e3, metrics.clock((n_rows - done) / rate), metrics.clock(progress.seconds_left))
+                   rate * store.length / 1e3, metrics.clock((n_rows - done) / rate),
+                   metrics.clock(progress.seconds_left))
       shown, since = now, done
   logging.info('stage %s took %s', stage, metrics.clock(time.perf_counter() - began))
   if lead:
@@ -133,7 +136,8 @@ def compute(directory: pathlib.Path, token_nll: TokenNLL, params: Any, store: St
     nll.flush()
     files = {name: workdir.digest_file(directory / name) for name in [_NLL, *map(_records_file, store.domains)]}
     workdir.write_json(directory / _MANIFEST, {
-      'identity': identity, 'store': store.digest, 'from': provenance, 'rows': n_rows, 'length': store.length, 'files': files})
+      'identity': identity, 'store': store.digest, 'from': provenance, 'rows': n_rows, 'length': store.length,
+      'files': files})
     (directory / _PARTIAL).unlink(missing_ok=True)
   return ReferenceLosses(directory, store)
 

@@ -110,7 +110,7 @@ def _main(config: ml_collections.ConfigDict, store: Store, name: str, model: Mis
 
 
 def tune(run: build.Run, baseline: Mixture) -> tuple[Mixture, list[dict]]:
-  """Rounds of reference and proxies until the weights stand still (paper, iterated DoReMi): max |change| < tolerance."""
+  """Rounds of reference and proxies until the weights stand still (iterated DoReMi): max |change| < tolerance."""
   section, domains = run.config.doremi, run.store.domains
   reference, rounds = baseline, []
   for r in range(section.rounds):
@@ -124,7 +124,8 @@ def tune(run: build.Run, baseline: Mixture) -> tuple[Mixture, list[dict]]:
       break
   else:
     if section.rounds > 1:
-      logging.warning('after %d rounds the weights still move by %.4f (tolerance %g)', section.rounds, change, section.tolerance)
+      logging.warning('after %d rounds the weights still move by %.4f (tolerance %g)', section.rounds, change,
+                      section.tolerance)
   return reference, rounds
 
 
@@ -181,12 +182,13 @@ def warnings(run: build.Run, tuned: Mixture) -> list[str]:
       present = {d: np.mean([line['present'][d] for line in steps]) for d in run.store.domains}
       absent = [f'{d} ({100 * (1 - p):.0f}%)' for d, p in present.items() if p < _OFTEN_ABSENT]
       if absent:
-        found.append(f'{stage}: domains absent from many batches: {", ".join(absent)}; their excess loss is rarely seen: '
-                     'raise doremi.batch_size')
+        found.append(f'{stage}: domains absent from many batches: {", ".join(absent)}; their excess loss is rarely '
+                     'seen: raise doremi.batch_size')
       if final and reference and reference[-1]['uniform_nll'] > final[-1]['uniform_nll']:
         found.append(
-          f'{stage}: the reference (held-out {reference[-1]["uniform_nll"]:.3f} nats/token, mean over domains) is worse '
-          f'than the proxy ({final[-1]["uniform_nll"]:.3f}): excess losses are mostly clipped to 0 and say little')
+          f'{stage}: the reference (held-out {reference[-1]["uniform_nll"]:.3f} nats/token, mean over domains) is '
+          f'worse than the proxy ({final[-1]["uniform_nll"]:.3f}): excess losses are mostly clipped to 0 and say '
+          'little')
   for stage in ('main-baseline', 'main-tuned'):
     path = run.directory / stage / 'stage.json'
     if path.exists():

@@ -20,10 +20,12 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
   """Runs or finishes it; returns summary.json's contents."""
   [stage] = stages(config, store)
   with build.begin(config, directory, store, stage.flops) as r:
-    mixture = build.mixture(config.pretrain.mixture, store, config.pretrain.mixture_epochs.to_dict(), 'pretrain.mixture')
+    section = config.pretrain
+    mixture = build.mixture(section.mixture, store, section.mixture_epochs.to_dict(), 'pretrain.mixture')
     mixture_lib.write(directory / 'mixture.json', mixture)
     build.train_stage(r, stage, role='main', init_role='init-main', weights_M=mixture.for_domains(store.domains))
-    summary = {'final': metrics.read(directory, 'main', 'eval')[-1], 'cost_flops': {'main': stage.flops}, 'warnings': []}
+    summary = {'final': metrics.read(directory, 'main', 'eval')[-1], 'cost_flops': {'main': stage.flops},
+               'warnings': []}
     workdir.write_json(directory / 'summary.json', summary)
   write_report(directory)
   return summary

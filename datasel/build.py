@@ -27,7 +27,7 @@ from datasel.data import tokenizer as tokenizer_lib
 from datasel.data.mixture import Mixture
 from datasel.data.store import Store
 from datasel.models.mistral import Mistral
-from datasel.step import Objective, State
+from datasel.step import Objective, State, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,10 @@ class Stage:
   microbatches: int
   length: int
   other_flops: float = 0.0  # of a stage that trains nothing
+  other_bytes: float = 0.0  # on disk, beside checkpoints
   aux: Any = ()
   extra_columns: tuple[str, ...] = ()  # float32 B x L arrays of its batches beyond the store's
+  init_from: str = ''  # a stage's checkpoints/ folder whose parameters to start from; empty: fresh
 
   @property
   def flops(self) -> float:
@@ -128,9 +130,12 @@ def mixture(kind: str, store: Store, epochs: dict[str, float], key: str) -> Mixt
   return loaded
 
 
-def check_stages(stages: list[Stage], mesh: jax.sharding.Mesh) -> None:
-  """Refuses batches that do not fit the mesh, and states that do not fit the memory, before anything is computed."""
+def check_stages(stages: list[Stage], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, store: Store,
+                 directory: pathlib.Path) -> None:
+  """Refuses what some stage of the run would stumble over, before the first one computes anything: a batch that does
+  not fit the mesh, a state that does not fit the memory, a starting point of another shape, too small a disk."""
   shards = mesh.shape['data'] * mesh.shape['fsdp']
+  needed_on_disk = 0.0
   for stage in stages:
     if stage.batch_size % (shards * stage.microbatches):
       raise ValueError(f'{stage.name}: a batch of {stage.batch_size} is not a multiple of data x fsdp x microbatches = '
@@ -141,6 +146,39 @@ def check_stages(stages: list[Stage], mesh: jax.sharding.Mesh) -> None:
       raise ValueError(f'{stage.name}: {stage.model.n_params:,} parameters need {needed / 2**30:.1f} GiB on each of '
                        f'{mesh.size} devices for their state, but a device has {available / 2**30:.1f} GiB; take more '
                        'devices (mesh.fsdp) or a smaller model')
+    if stage.init_from:
+      check_starting_point(stage, store)
+    # One more than are kept: the new one is whole before an old one goes.
+    checkpoints = state_bytes(stage, config) * (config.train.keep_checkpoints + 1) if stage.objective else 0
+    needed_on_disk += checkpoints + stage.other_bytes
+  there = sum(p.stat().st_size for p in directory.rglob('*') if p.is_file())
+  free = shutil.disk_usage(directory).free
+  if needed_on_disk - there > free:
+    raise OSError(f'the checkpoints of this run need {(needed_on_disk - there) / 2**30:.2f} GiB more in {directory}, but '
+                  f'the disk has {free / 2**30:.2f} GiB free; free some space or choose another workdir')
+
+
+def check_starting_point(stage: Stage, store: Store) -> None:
+  """`init_from` must be a finished stage of the same shape and tokenizer."""
+  checkpoints = pathlib.Path(stage.init_from)
+  made_by = checkpoints.parent / 'stage.json'
+  if not (checkpoints / 'steps').is_dir() or not made_by.is_file():
+    raise FileNotFoundError(f'{stage.name}: init_from {checkpoints} is not the checkpoints/ folder of a finished stage')
+  made = workdir.read_json(made_by)
+  if made['tokenizer'] != store.tokenizer['digest']:
+    raise ValueError(f'{stage.name}: init_from {checkpoints} was trained with another tokenizer than {store.path} was '
+                     f'made with ({store.tokenizer["name"]}); prepare the store with that tokenizer')
+  shape = lambda params: jax.tree.map(lambda a: a.shape, params)
+  if shape(Mistral(**made['model']).abstract()) != shape(stage.model.abstract()):
+    differ = [f'{k} {v} (there: {made["model"][k]})' for k, v in dataclasses.asdict(stage.model).items()
+              if v != made['model'][k]]
+    raise ValueError(f'{stage.name}: init_from {checkpoints} holds a model of another shape: {", ".join(differ)}')
+
+
+def state_bytes(stage: Stage, config: ml_collections.ConfigDict) -> int:
+  tx = optimizer(config.optimizer, stage.steps)
+  state = jax.eval_shape(lambda: init_state(stage.model.init(jax.random.key(0)), tx, stage.aux))
+  return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
 
 
 def device_memory() -> float:
@@ -163,8 +201,7 @@ def compiled_memory(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.s
           - memory.alias_size_in_bytes)
 
 
-def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh,
-                  directory: pathlib.Path) -> str:
+def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> str:
   """Compiles each kind of stage; one line for each: size, cost, memory per device.  Refuses what does not fit."""
   lines = [f'{"stage":24s} {"parameters":>14s} {"steps":>8s} {"tokens":>10s} {"FLOPs":>9s} {"GiB/device":>10s}']
   seen: dict[tuple, int] = {}
@@ -179,8 +216,6 @@ def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: 
                          f'{device_memory() / 2**30:.1f} GiB; raise microbatches, shard further, or take a smaller '
                          'model')
       used = f'{seen[kind] / 2**30:.2f}'
-      checkpoint_bytes = 12 * stage.model.n_params * (config.train.keep_checkpoints + 1)
-      check_disk(directory / stage.name, checkpoint_bytes, f'the checkpoints of {stage.name}')
     tokens = stage.steps * stage.batch_size * stage.length
     lines.append(f'{stage.name:24s} {stage.model.n_params:14,} {stage.steps:8,} {tokens:10.3g} {stage.flops:9.2e} '
                  f'{used:>10s}')
@@ -213,13 +248,12 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
   evaluate = evaluate_lib.evaluator(model.token_nll, run.store, run.mesh, batch_size=batch_size,
                                     max_sequences=config.train.eval_sequences)
   directory = run.directory / stage.name
-  checkpoint_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(program.abstract_state))
-  check_disk(directory, checkpoint_bytes * (config.train.keep_checkpoints + 1), f'the checkpoints of {stage.name}')
   initial = None
   with (contextlib.closing(batches),
         Checkpoints(directory / 'checkpoints', keep=config.train.keep_checkpoints) as checkpoints):
-    if config.train.init_from:
-      initial = starting_params(config.train.init_from, program.abstract_state.params, run.store)
+    if stage.init_from:
+      with Checkpoints(pathlib.Path(stage.init_from), keep=2) as other:
+        initial = other.restore_params(program.abstract_state.params)
     state = train.fit(
       program, batches, key=jax.random.key(seed_for(config, init_role)), stage=stage.name, total_steps=stage.steps,
       checkpoints=checkpoints, writer=run.writer, log_every=config.train.log_every,
@@ -238,28 +272,6 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
 def stage_flops(model: Mistral, length: int, batch_size: int, steps: int) -> float:
   """Training FLOPs by the formula of `Mistral.flops_per_token`."""
   return model.flops_per_token(length) * length * batch_size * steps
-
-
-def starting_params(path: str, abstract_params: Any, store: Store) -> Any:
-  """Parameters of a finished stage; its tokenizer must be this store's."""
-  checkpoints = pathlib.Path(path)
-  if not (checkpoints / 'steps').is_dir():
-    raise FileNotFoundError(f'train.init_from {path} is not a checkpoints/ folder of a stage (it has no steps/)')
-  made_by = checkpoints.parent / 'stage.json'
-  if made_by.exists() and workdir.read_json(made_by)['tokenizer'] != store.tokenizer['digest']:
-    raise ValueError(f'train.init_from {path} was trained with another tokenizer than {store.path} was made with '
-                     f'({store.tokenizer["name"]}); prepare the store with that tokenizer')
-  with Checkpoints(checkpoints, keep=2) as reader:
-    return reader.restore_params(abstract_params)
-
-
-def check_disk(directory: pathlib.Path, needed: float, what: str) -> None:
-  """Refuses to begin what the disk cannot hold."""
-  existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-  free = shutil.disk_usage(existing).free
-  if needed > free:
-    raise OSError(f'{what} need {needed / 2**30:.2f} GiB in {directory}, but the disk has {free / 2**30:.2f} GiB free; '
-                  'free some space or choose another workdir')
 
 
 @contextlib.contextmanager

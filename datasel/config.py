@@ -55,7 +55,7 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.train.keep_checkpoints = 2
   config.train.eval_every = 100  # steps; 0: at the end only
   config.train.eval_sequences = 0  # held-out sequences per domain; 0: all
-  config.train.init_from = ''  # a stage's checkpoints/ folder whose parameters to start from; empty: fresh
+  config.train.init_from = ''  # checkpoints/ folder of a finished stage whose parameters to start from; empty: fresh
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.data = -1  # -1: whatever devices the others leave
@@ -83,6 +83,7 @@ def doremi() -> ml_collections.ConfigDict:
   section.steps = 1000  # of the reference and of each proxy
   section.batch_size = 16
   section.microbatches = 1
+  section.init_from = ''  # as train.init_from, for the reference and the proxies
   section.baseline = 'tokens'  # first reference weights: 'tokens', 'examples', 'pile', 'uniform', or a mixture file
   section.baseline_epochs = ml_collections.ConfigDict()  # for 'pile': {domain: times its authors repeat it}
   section.seeds = 1  # proxies, averaged; their spread is reported
@@ -117,7 +118,7 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
     raise ValueError(f"unknown config argument {arg!r} after the colon; known: 'smoke', or nothing")
   if arg == 'smoke':
     config.data.store, config.data.demo, config.data.tokenizer = '', 'offline', ''
-    config.data.length, config.data.block = 64, 1024
+    config.data.length = 64
     config.model = model('smoke')
     config.train.steps, config.train.batch_size = 12, 8
     config.train.microbatches = min(config.train.microbatches, 2)

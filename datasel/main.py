@@ -199,9 +199,9 @@ def _check(method: Any, config: Any, store: Any, directory: pathlib.Path, *, dry
   stages = method.stages(config, store)
   mesh = build.mesh(config.mesh)
   build.check_store(store, config, {stage.name: stage.model for stage in stages})
-  build.check_stages(stages, mesh)
+  build.check_stages(stages, config, mesh, store, directory)
   if dry_run:
-    print(build.dry_run_table(stages, config, mesh, directory))
+    print(build.dry_run_table(stages, config, mesh))
 
 
 def environment(argv: list[str]) -> dict:

@@ -92,10 +92,11 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
   trace_first = start + max(0, min(5, total_steps - start - profile_steps))
   trace_end = min(trace_first + profile_steps, total_steps)
 
-  # THE ORDER BELOW IS A CONTRACT.  A checkpoint holds a state and an iterator that has produced exactly the batches the
-  # state has seen, and metrics.jsonl holds exactly the records up to it: so a resumed run repeats an uninterrupted one.
   # Without jit every operation moves its own constants, so the guard would forbid them all.
   guard = jax.transfer_guard('allow' if jax.config.jax_disable_jit else 'disallow')
+
+  # THE ORDER BELOW IS A CONTRACT.  A checkpoint holds a state and an iterator that has produced exactly the batches the
+  # state has seen, and metrics.jsonl holds exactly the records up to it: so a resumed run repeats an uninterrupted one.
   with _stop_requests(log_every) as stop, contextlib.ExitStack() as trace, guard:
     for step in range(start, total_steps + 1):
       last, stopping = step == total_steps, stop.requested(step)  # asked once: a signal may come at any time
@@ -123,7 +124,9 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
       if profile_steps and step + 1 == trace_end:
         jax.block_until_ready(state)
         trace.close()
-  checkpoints.wait()
+    checkpoints.wait()
+    if stop.requested(0):  # came during the last evaluation or save: the stages after this one must not begin
+      raise Interrupted(f'{stage}: done, all of it saved')
   return state
 
 

@@ -4,9 +4,8 @@ import logging
 import math
 import pathlib
 
-import jax
+import compilation
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from datasel import main, metrics, workdir
 from datasel.data import mixture
@@ -19,21 +18,13 @@ pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarni
 
 @pytest.fixture(scope='module', autouse=True)
 def shared_caches(tmp_path_factory):
-  """One corpus and one cache of compiled programs for all runs; the settings of this process are put back."""
+  """One corpus and one cache of compiled programs for all runs; logging is put back as it was."""
   folder = tmp_path_factory.mktemp('caches')
-  settings = {'jax_compilation_cache_dir': str(folder / 'compiled'), 'jax_persistent_cache_min_compile_time_secs': 0.0}
-  before = {name: getattr(jax.config, name) for name in settings}
   root = logging.getLogger()
   handlers, level = root.handlers[:], root.level
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, compilation.kept_in(folder / 'compiled'):
     patch.setenv('DATASEL_CACHE', str(folder / 'datasel'))
-    for name, value in settings.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
     yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
   root.handlers[:] = handlers
   root.setLevel(level)
 

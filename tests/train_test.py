@@ -114,8 +114,8 @@ class Setting:
 @pytest.fixture(scope='module')
 def setting(tmp_path_factory):
   store = Store(small_run.make_store(tmp_path_factory.mktemp('setting')))
-  return Setting(store, Mistral(vocab_size=store.vocab_size, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8,
-                                d_ff=32))
+  model = Mistral(vocab_size=store.vocab_size, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=32)
+  return Setting(store, model)
 
 
 @pytest.fixture(scope='module')
@@ -178,6 +178,20 @@ def test_a_signal_saves_the_step_it_falls_in(setting, left_alone, tmp_path, sign
   assert signal.getsignal(signum) is before
   assert setting.outcome(tmp_path)[0] == 6
   setting.fit(tmp_path)
+  assert_same(setting.outcome(tmp_path), left_alone)
+
+
+def test_a_signal_in_the_last_save_still_stops_the_run(setting, left_alone, tmp_path):
+  described = []
+
+  def describe(values):
+    described.append(values)
+    if len(described) == STEPS:  # in the last iteration of the loop, after it asked for signals
+      os.kill(os.getpid(), signal.SIGTERM)
+    return values
+
+  with pytest.raises(train.Interrupted, match='main: done, all of it saved'):
+    setting.fit(tmp_path, describe=describe)
   assert_same(setting.outcome(tmp_path), left_alone)
 
 

@@ -5,11 +5,11 @@ import math
 import shutil
 import types
 
+import compilation
 import jax
 import numpy as np
 import pytest
 import small_store
-from jax.experimental.compilation_cache import compilation_cache
 
 from datasel import build, metrics, sharding, workdir
 from datasel import config as config_lib
@@ -23,18 +23,9 @@ EPOCHS = {'email': 1.0, 'json': 2.0, 'pydocs': 0.5}
 @pytest.fixture(scope='module', autouse=True)
 def one_quick_device(tmp_path_factory):
   """One device, and programs that are compiled once for all runs here."""
-  settings = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-              'jax_persistent_cache_min_compile_time_secs': 0.0}
-  before = {name: getattr(jax.config, name) for name in settings}
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, compilation.kept_in(tmp_path_factory.mktemp('compiled')):
     patch.setattr(build, 'mesh', lambda section: sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    for name, value in settings.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
     yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +37,7 @@ def make_config(**changes):
   config = config_lib.base('doremi')
   config.doremi = config_lib.doremi()
   config.update_from_flattened_dict({
-    'data.store': 'given by hand', 'data.length': 32, 'data.block': 64, 'tracking.tensorboard': False,
+    'data.store': 'given by hand', 'data.length': 32, 'data.block': 4096, 'tracking.tensorboard': False,
     'optimizer.peak_lr': 1e-2,
     'train.steps': 4, 'train.batch_size': 8, 'train.log_every': 1, 'train.checkpoint_every': 3, 'train.eval_every': 2,
     'train.eval_sequences': 4, 'doremi.steps': 4, 'doremi.batch_size': 8, 'doremi.train_main': False}
@@ -69,7 +60,7 @@ def finished(store, tmp_path_factory):
                  'doremi__missing_domain': 'keep', 'doremi__average_includes_initial': True},
     'pile': {'doremi__baseline': 'pile', 'doremi__microbatches': 2},
     'file': {'doremi__baseline': str(root / 'tokens/mixture.json'),
-             'train__init_from': str(root / 'tokens/reference/checkpoints')},
+             'doremi__init_from': str(root / 'tokens/reference/checkpoints')},
   }
   done = {}
 
@@ -184,14 +175,26 @@ def test_a_run_starts_from_another_runs_stage(finished):
   assert started['step'] == 0 and started['nll'] == trained['nll']
 
 
-def test_a_start_with_another_tokenizer_is_refused(finished, store, tmp_path):
+def test_a_start_that_does_not_fit_is_refused(finished, store, tmp_path):
   stage = shutil.copytree(finished('tokens')[0] / 'reference', tmp_path / 'reference')
+  stages = lambda **changes: doremi.stages(make_config(**changes), store)
+  [same, *_] = stages(doremi__init_from=str(stage / 'checkpoints'))
+  build.check_starting_point(same, store)
+  [wider, *_] = stages(doremi__init_from=str(stage / 'checkpoints'), doremi__model__d_ff=24)
+  with pytest.raises(ValueError, match='model of another shape: d_ff 24'):
+    build.check_starting_point(wider, store)
+  [elsewhere, *_] = stages(doremi__init_from=str(stage))
+  with pytest.raises(FileNotFoundError, match='not the checkpoints/ folder'):
+    build.check_starting_point(elsewhere, store)
   made = workdir.read_json(stage / 'stage.json')
   workdir.write_json(stage / 'stage.json', made | {'tokenizer': 'another'})
   with pytest.raises(ValueError, match='another tokenizer'):
-    build.starting_params(str(stage / 'checkpoints'), None, store)
-  with pytest.raises(FileNotFoundError, match='not a checkpoints/ folder'):
-    build.starting_params(str(stage), None, store)
+    build.check_starting_point(same, store)
+
+
+def test_weights_too_small_for_the_sampler_are_refused_before_the_run(store):
+  with pytest.raises(ValueError, match='smoothing 1e-06.*data.block = 4096'):
+    doremi.stages(make_config(doremi__smoothing=1e-6), store)
 
 
 def untimed(folder):

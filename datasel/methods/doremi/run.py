@@ -65,8 +65,17 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:
-  """Every stage that may run, with its cost; iterated DoReMi may stop before its last round."""
+  """Every stage that may run, with its cost; iterated DoReMi may stop before its last round.
+
+  ValueError for weights that could not be sampled: of the baseline, or, by the smallest they can get, of the result.
+  """
   section, main = config.doremi, config_lib.to_model(config.model)
+  build.mixture(section.baseline, store, section.baseline_epochs.to_dict(), 'doremi.baseline')
+  smallest = section.smoothing / len(store.domains)
+  if smallest * config.data.block < 1:
+    raise ValueError(
+      f'config.doremi.smoothing {section.smoothing} lets the weight of one of {len(store.domains)} domains fall to '
+      f'{smallest:.2g}, which config.data.block = {config.data.block} sequences cannot hold; raise the one or the other')
   listed = []
   for r in range(section.rounds):
     prefix = _prefix(config, r)
@@ -79,7 +88,7 @@ def _reference(config: ml_collections.ConfigDict, store: Store, prefix: str) -> 
   section = config.doremi
   model = config_lib.to_model(section.model)
   return build.Stage(f'{prefix}reference', model, objectives.language_model(model.token_nll), section.steps,
-                     section.batch_size, section.microbatches, store.length)
+                     section.batch_size, section.microbatches, store.length, init_from=section.init_from)
 
 
 def _reference_nll(config: ml_collections.ConfigDict, store: Store, prefix: str) -> build.Stage:
@@ -88,7 +97,8 @@ def _reference_nll(config: ml_collections.ConfigDict, store: Store, prefix: str)
   model = config_lib.to_model(section.model)
   rows = min(section.steps * section.batch_size * section.seeds, int(store.sizes('train').sum()))
   return build.Stage(f'{prefix}reference_nll', model, None, 0, section.batch_size, 1, store.length,
-                     other_flops=model.flops_per_token(store.length) / 3 * store.length * rows)
+                     other_flops=model.flops_per_token(store.length) / 3 * store.length * rows,
+                     other_bytes=4 * store.length * rows)
 
 
 def _proxy(config: ml_collections.ConfigDict, store: Store, prefix: str, seed: int, sampling: Mixture) -> build.Stage:
@@ -101,12 +111,12 @@ def _proxy(config: ml_collections.ConfigDict, store: Store, prefix: str, seed: i
   # The objective splits its batch itself: alpha must have seen all of it before the first gradient.
   return build.Stage(f'{prefix}proxy-{seed}', model, objective, section.steps, section.batch_size, 1, store.length,
                      aux=domain_weights.initial_aux(n_domains, vocab_size=model.vocab_size),
-                     extra_columns=('reference_nll_BxL',))
+                     extra_columns=('reference_nll_BxL',), init_from=section.init_from)
 
 
 def _main(config: ml_collections.ConfigDict, store: Store, name: str, model: Mistral) -> build.Stage:
   return build.Stage(f'main-{name}', model, objectives.language_model(model.token_nll), config.train.steps,
-                     config.train.batch_size, config.train.microbatches, store.length)
+                     config.train.batch_size, config.train.microbatches, store.length, init_from=config.train.init_from)
 
 
 def tune(run: build.Run, baseline: Mixture) -> tuple[Mixture, list[dict]]:
@@ -141,7 +151,6 @@ def one_round(run: build.Run, prefix: str, reference: Mixture, round_name: str) 
   samplers = [Sampler(store, 'train', sampling_M, section.batch_size, seed=build.seed_for(config, proxy.name),
                       block=config.data.block) for proxy in proxies]
   records = reference_losses.visited(samplers, section.steps)
-  build.check_disk(run.directory, sum(map(len, records)) * store.length * 4, 'the reference losses')
   losses = reference_losses.compute(
     run.directory / f'{prefix}reference_nll', stage.model.token_nll, state.params, store, run.mesh, records,
     batch_size=section.batch_size, stage=f'{prefix}reference_nll', progress=run.progress,

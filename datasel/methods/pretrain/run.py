@@ -32,6 +32,10 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:
+  """What will be trained; ValueError for a mixture that cannot be sampled from this store."""
+  section = config.pretrain
+  build.mixture(section.mixture, store, section.mixture_epochs.to_dict(), 'pretrain.mixture')
   model = config_lib.to_model(config.model)
   return [build.Stage('main', model, objectives.language_model(model.token_nll), config.train.steps,
-                      config.train.batch_size, config.train.microbatches, store.length)]
+                      config.train.batch_size, config.train.microbatches, store.length,
+                      init_from=config.train.init_from)]

@@ -18,7 +18,7 @@ def get_config(arg: str = ''):
   config.train.steps = 360
   config.train.batch_size = 16
   config.train.checkpoint_every = 60
-  config.train.eval_every = 60
+  config.train.eval_every = 90
   config.train.eval_sequences = 48
   config.optimizer.peak_lr = 6e-3
   config.optimizer.end_lr = 6e-4
@@ -28,6 +28,4 @@ def get_config(arg: str = ''):
   config.doremi.model = config_lib.model('laptop_small')
   config.doremi.steps = 280
   config.doremi.batch_size = 20  # two sequences of each domain
-  # The paper's 1.0 is for 200,000 steps; in a few hundred it would throw all weight from one domain to the next.
-  config.doremi.step_size = 0.1
   return config_lib.finish(config, arg)

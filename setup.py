@@ -36,12 +36,12 @@ EXTRAS = {
   'dev': ['jupyterlab>=4', 'wandb>=0.19'],
 }
 EXTRAS['dev'] += EXTRAS['test']
-EXTRAS['all'] = sorted({requirement for name in ('demo', 'dev', 'eval', 'seqio', 'test') for requirement in EXTRAS[name]})
+EXTRAS['all'] = sorted({one for name in ('demo', 'dev', 'eval', 'seqio', 'test') for one in EXTRAS[name]})
 
 setuptools.setup(
   name='datasel',
   version='0.1.0',
-  description='Choosing what language models are pre-trained on: published data-selection systems on one JAX train step',
+  description='Choosing what language models are pre-trained on: data-selection systems on one JAX train step',
   long_description=(HERE / 'README.md').read_text(encoding='utf-8') if (HERE / 'README.md').exists() else '',
   long_description_content_type='text/markdown',
   license='Apache-2.0',

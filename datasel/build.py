@@ -154,8 +154,8 @@ def check_stages(stages: list[Stage], config: ml_collections.ConfigDict, mesh: j
   there = sum(p.stat().st_size for p in directory.rglob('*') if p.is_file())
   free = shutil.disk_usage(directory).free
   if needed_on_disk - there > free:
-    raise OSError(f'the checkpoints of this run need {(needed_on_disk - there) / 2**30:.2f} GiB more in {directory}, but '
-                  f'the disk has {free / 2**30:.2f} GiB free; free some space or choose another workdir')
+    raise OSError(f'the checkpoints of this run need {(needed_on_disk - there) / 2**30:.2f} GiB more in {directory}, '
+                  f'but the disk has {free / 2**30:.2f} GiB free; free some space or choose another workdir')
 
 
 def check_starting_point(stage: Stage, store: Store) -> None:

@@ -50,7 +50,7 @@ def train_step(state: State, batch: Batch, *, objective: Objective, tx: optax.Gr
 
 
 def split_rows(batch: Batch, n: int) -> Batch:
-  """B x ... -> n x B/n x ...; part i takes rows i, i + n, ..., so that each part lies on all devices of a sharded batch."""
+  """B x ... -> n x B/n x ...; part i takes rows i, i + n, ..., so each part lies on all devices of a sharded batch."""
   rows = {x.shape[0] for x in batch.values()}
   if any(B % n for B in rows):
     raise ValueError(f'{n} micro-batches do not divide the batch of {sorted(rows)} rows; choose a divisor of it')

@@ -1,4 +1,4 @@
-"""Makes mistral_tiny.npz: weights, tokens and logits of a tiny random Hugging Face Mistral, for tests/models/mistral_test.py.
+"""Makes mistral_tiny.npz: weights, tokens and logits of a tiny random Hugging Face Mistral.
 
 Needs torch, which the project does not: pip install torch transformers && python tests/golden/make_mistral_tiny.py
 """
@@ -16,7 +16,8 @@ SHAPE = dict(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_lay
 
 def main():
   torch.manual_seed(0)
-  model = transformers.MistralForCausalLM(transformers.MistralConfig(**SHAPE, attn_implementation='eager')).eval().float()
+  config = transformers.MistralConfig(**SHAPE, attn_implementation='eager')
+  model = transformers.MistralForCausalLM(config).eval().float()
   with torch.no_grad():
     for parameter in model.parameters():  # the default initialisation is too small to tell mistakes apart
       parameter.normal_(0, 0.3) if parameter.ndim > 1 else parameter.uniform_(0.5, 1.5)
@@ -24,8 +25,8 @@ def main():
     logits = model(tokens).logits
   arrays = {name: value.numpy() for name, value in model.state_dict().items()}
   theta = model.config.rope_parameters['rope_theta']
-  np.savez_compressed(pathlib.Path(__file__).with_name('mistral_tiny.npz'), tokens=tokens.numpy(), logits=logits.numpy(),
-                      rope_theta=theta, **arrays)
+  np.savez_compressed(pathlib.Path(__file__).with_name('mistral_tiny.npz'), tokens=tokens.numpy(),
+                      logits=logits.numpy(), rope_theta=theta, **arrays)
 
 
 if __name__ == '__main__':

@@ -24,7 +24,8 @@ def make_batch(seed=0, domains=(0, 1, 2, 0, 0, 1, 2, 2)):
   mask = (r.random((B, L)) < np.linspace(0.3, 1, B)[:, None]).astype(np.float32)
   mask[:, 0] = 1
   return {'tokens_BxL': jnp.asarray(tokens), 'targets_BxL': jnp.asarray(targets), 'loss_mask_BxL': jnp.asarray(mask),
-          'domain_B': jnp.asarray(domains, jnp.int32), 'reference_nll_BxL': jnp.asarray(r.normal(2.4, 0.5, (B, L)), jnp.float32)}
+          'domain_B': jnp.asarray(domains, jnp.int32),
+          'reference_nll_BxL': jnp.asarray(r.normal(2.4, 0.5, (B, L)), jnp.float32)}
 
 
 PARAMS = {'w': jnp.asarray(np.random.default_rng(5).normal(size=V) * 0.3, jnp.float32)}
@@ -34,7 +35,8 @@ def rewritten(nll, batch, log_alpha, last, *, step_size, smoothing, clip, reduct
   """Algorithm 1 and the repository's variants, token by token."""
   excess, mean, tokens = {}, {}, {}
   for i in range(M):
-    tokens[i] = [(b, j) for b in range(B) for j in range(L) if batch['domain_B'][b] == i and batch['loss_mask_BxL'][b, j]]
+    rows = [b for b in range(B) if batch['domain_B'][b] == i]
+    tokens[i] = [(b, j) for b in rows for j in range(L) if batch['loss_mask_BxL'][b, j]]
     if tokens[i]:
       d = [nll[b, j] - batch['reference_nll_BxL'][b, j] for b, j in tokens[i]]
       excess[i] = sum(max(x, 0) for x in d) / len(d) if clip else sum(d) / len(d)

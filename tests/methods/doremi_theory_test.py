@@ -1,7 +1,7 @@
 """What Group DRO is for, on a corpus whose domains are known: excess loss finds what is left to learn.
 
-Three domains over one alphabet: `easy` repeats a token, `hard` follows a fixed rule of the two tokens before (learnt, but
-slowly), `noise` is random.  Noise has by far the highest loss, log V for ever, but the reference has it too.
+Three domains over one alphabet: `easy` repeats a token, `hard` follows a fixed rule of the two tokens before (learnt,
+but slowly), `noise` is random.  Noise has by far the highest loss, log V for ever, but the reference has it too.
 """
 
 import functools
@@ -19,8 +19,8 @@ from datasel.step import init_state, train_step
 DOMAINS = ('easy', 'hard', 'noise')
 V, L, B, STEPS = 32, 24, 48, 300
 MODEL = Mistral(vocab_size=V, n_layers=2, d_model=32, n_heads=4, n_kv_heads=4, head_dim=8, d_ff=64, loss_chunk=L)
-TX = optim.adamw(optim.schedule('cosine', peak=3e-3, end=3e-4, warmup_steps=20, total_steps=STEPS), b1=0.9, b2=0.98, eps=1e-8,
-                 weight_decay=0.0, clip=1.0)
+TX = optim.adamw(optim.schedule('cosine', peak=3e-3, end=3e-4, warmup_steps=20, total_steps=STEPS),
+                 b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.0, clip=1.0)
 
 
 def sample(key, domain_B):
@@ -32,7 +32,8 @@ def sample(key, domain_B):
   hard_BxL = jax.lax.scan(follow, (first_B, second_B), None, L + 1)[1].T
   easy_BxL = jnp.broadcast_to(first_B[:, None], (B, L + 1))
   tokens = jnp.stack([easy_BxL, hard_BxL, jax.random.randint(noise_key, (B, L + 1), 0, V)])[domain_B, jnp.arange(B)]
-  return {'tokens_BxL': tokens[:, :-1], 'targets_BxL': tokens[:, 1:], 'loss_mask_BxL': jnp.ones((B, L)), 'domain_B': domain_B}
+  return {'tokens_BxL': tokens[:, :-1], 'targets_BxL': tokens[:, 1:], 'loss_mask_BxL': jnp.ones((B, L)),
+          'domain_B': domain_B}
 
 
 def train(objective, state, *, reference=None, seed):

@@ -77,8 +77,10 @@ def test_logits_equal_hugging_face():
     'blocks': {
       'attention_norm': {'scale': layers('input_layernorm', (32,))},
       'mlp_norm': {'scale': layers('post_attention_layernorm', (32,))},
-      'query': {'kernel': layers('self_attn.q_proj', (32, 4, 8))}, 'key': {'kernel': layers('self_attn.k_proj', (32, 2, 8))},
-      'value': {'kernel': layers('self_attn.v_proj', (32, 2, 8))}, 'out': {'kernel': layers('self_attn.o_proj', (4, 8, 32))},
+      'query': {'kernel': layers('self_attn.q_proj', (32, 4, 8))},
+      'key': {'kernel': layers('self_attn.k_proj', (32, 2, 8))},
+      'value': {'kernel': layers('self_attn.v_proj', (32, 2, 8))},
+      'out': {'kernel': layers('self_attn.o_proj', (4, 8, 32))},
       'gate': {'kernel': layers('mlp.gate_proj', (32, 48))}, 'up': {'kernel': layers('mlp.up_proj', (32, 48))},
       'down': {'kernel': layers('mlp.down_proj', (48, 32))},
     },

@@ -75,7 +75,8 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
   if smallest * config.data.block < 1:
     raise ValueError(
       f'config.doremi.smoothing {section.smoothing} lets the weight of one of {len(store.domains)} domains fall to '
-      f'{smallest:.2g}, which config.data.block = {config.data.block} sequences cannot hold; raise the one or the other')
+      f'{smallest:.2g}, which config.data.block = {config.data.block} sequences cannot hold; raise one of '
+      'them')
   listed = []
   for r in range(section.rounds):
     prefix = _prefix(config, r)

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
   """The command line; returns the exit status."""
   logging.basicConfig(level=logging.INFO, format='%(asctime)s  %(message)s', datefmt='%H:%M:%S', stream=sys.stderr,
                       force=True)
-  for noisy in ('jax', 'orbax'):
+  for noisy in ('httpx', 'jax', 'orbax'):
     logging.getLogger(noisy).setLevel(logging.WARNING)
   # Through it orbax logs the stack of a failed save four times before raising it.
   logging.getLogger('absl').setLevel(logging.CRITICAL)

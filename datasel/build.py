@@ -4,13 +4,13 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import os
 import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any
 
-import grain
 import jax
 import ml_collections
 import numpy as np
@@ -18,7 +18,7 @@ import optax
 
 from datasel import config as config_lib
 from datasel import evaluate as evaluate_lib
-from datasel import hardware, optim, sharding, train, workdir
+from datasel import hardware, objectives, optim, sharding, train, workdir
 from datasel import metrics as metrics_lib
 from datasel.checkpoint import Checkpoints
 from datasel.data import mixture as mixture_lib
@@ -27,7 +27,7 @@ from datasel.data import tokenizer as tokenizer_lib
 from datasel.data.mixture import Mixture
 from datasel.data.store import Store
 from datasel.models.mistral import Mistral
-from datasel.step import Objective, State, init_state
+from datasel.step import Objective, State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +56,14 @@ class Stage:
   objective: Objective | None  # None: nothing is trained here
   steps: int
   batch_size: int
-  microbatches: int
+  microbatches: int  # parts of a batch whose activations exist at one time
   length: int
   other_flops: float = 0.0  # of a stage that trains nothing
   other_bytes: float = 0.0  # on disk, beside checkpoints
   aux: Any = ()
   extra_columns: tuple[str, ...] = ()  # float32 B x L arrays of its batches beyond the store's
   init_from: str = ''  # a stage's checkpoints/ folder whose parameters to start from; empty: fresh
+  splits_inside: bool = False  # the objective makes the micro-batches itself: it needs the whole batch first
 
   @property
   def flops(self) -> float:
@@ -74,9 +75,13 @@ def seed_for(config: ml_collections.ConfigDict, role: str) -> int:
   return int.from_bytes(hashlib.sha256(f'{config.seed}/{role}'.encode()).digest()[:4], 'little')
 
 
-def optimizer(section: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
-  rate = optim.schedule(section.schedule, peak=section.peak_lr, end=section.end_lr,
+def learning_rate(section: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+  return optim.schedule(section.schedule, peak=section.peak_lr, end=section.end_lr,
                         warmup_steps=round(section.warmup_fraction * total_steps), total_steps=total_steps)
+
+
+def optimizer(section: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
+  rate = learning_rate(section, total_steps)
   transforms = {
     'adamw': lambda: optim.adamw(rate, b1=section.b1, b2=section.b2, eps=section.eps,
                                  weight_decay=section.weight_decay, clip=section.clip),
@@ -135,35 +140,50 @@ def check_stages(stages: list[Stage], config: ml_collections.ConfigDict, mesh: j
   """Refuses what some stage of the run would stumble over, before the first one computes anything: a batch that does
   not fit the mesh, a state that does not fit the memory, a starting point of another shape, too small a disk."""
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  needed_on_disk = 0.0
+  kept_bytes, largest = 0.0, 0.0
   for stage in stages:
     if stage.batch_size % (shards * stage.microbatches):
       raise ValueError(f'{stage.name}: a batch of {stage.batch_size} is not a multiple of data x fsdp x microbatches = '
                        f'{shards * stage.microbatches}; change the batch size or the mesh')
-    # Parameters, gradients and two moments, all float32: what no recomputation can save.
-    needed, available = 16 * stage.model.n_params / mesh.size, device_memory()
+    if is_finished(directory / stage.name):
+      continue
+    kept_bytes += stage.other_bytes
+    if stage.objective is None:
+      continue
+    state = stage_program(stage, config, mesh).abstract_state
+    on_device = lambda tree: sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+                                 for a in jax.tree.leaves(tree))
+    # The state and its gradients: what no recomputation can save.
+    needed, available = on_device(state) + on_device(state.params), device_memory()
     if needed > available:
       raise ValueError(f'{stage.name}: {stage.model.n_params:,} parameters need {needed / 2**30:.1f} GiB on each of '
                        f'{mesh.size} devices for their state, but a device has {available / 2**30:.1f} GiB; take more '
                        'devices (mesh.fsdp) or a smaller model')
     if stage.init_from:
       check_starting_point(stage, store)
-    # One more than are kept: the new one is whole before an old one goes.
-    checkpoints = state_bytes(stage, config) * (config.train.keep_checkpoints + 1) if stage.objective else 0
-    needed_on_disk += checkpoints + stage.other_bytes
-  there = sum(p.stat().st_size for p in directory.rglob('*') if p.is_file())
-  free = shutil.disk_usage(directory).free
-  if needed_on_disk - there > free:
-    raise OSError(f'the checkpoints of this run need {(needed_on_disk - there) / 2**30:.2f} GiB more in {directory}, '
-                  f'but the disk has {free / 2**30:.2f} GiB free; free some space or choose another workdir')
+    checkpoint = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+    kept_bytes += config.train.keep_checkpoints * checkpoint
+    largest = max(largest, checkpoint)  # one more than are kept: the new one is whole before an old one goes
+  unfinished = [directory / stage.name for stage in stages if not is_finished(directory / stage.name)]
+  there = sum(p.stat().st_blocks * 512 for folder in unfinished for p in folder.rglob('*') if p.is_file())
+  needed, free = kept_bytes + largest - there, shutil.disk_usage(directory).free
+  if needed > free:
+    raise OSError(f'the checkpoints of this run need {needed / 2**30:.2f} GiB more in {directory}, but the disk has '
+                  f'{free / 2**30:.2f} GiB free; free some space or choose another workdir')
+
+
+def is_finished(folder: pathlib.Path) -> bool:
+  """Whether a stage has its artefact: its own stage.json, or the manifest of what it computed."""
+  stage, manifest = folder / 'stage.json', folder / 'manifest.json'
+  return manifest.exists() or (stage.exists() and workdir.read_json(stage).get('finished', False))
 
 
 def check_starting_point(stage: Stage, store: Store) -> None:
-  """`init_from` must be a finished stage of the same shape and tokenizer."""
+  """`init_from` must be a stage of the same shape and tokenizer that has saved something."""
   checkpoints = pathlib.Path(stage.init_from)
   made_by = checkpoints.parent / 'stage.json'
   if not (checkpoints / 'steps').is_dir() or not made_by.is_file():
-    raise FileNotFoundError(f'{stage.name}: init_from {checkpoints} is not the checkpoints/ folder of a finished stage')
+    raise FileNotFoundError(f'{stage.name}: init_from {checkpoints} is not the checkpoints/ folder of a stage')
   made = workdir.read_json(made_by)
   if made['tokenizer'] != store.tokenizer['digest']:
     raise ValueError(f'{stage.name}: init_from {checkpoints} was trained with another tokenizer than {store.path} was '
@@ -173,12 +193,6 @@ def check_starting_point(stage: Stage, store: Store) -> None:
     differ = [f'{k} {v} (there: {made["model"][k]})' for k, v in dataclasses.asdict(stage.model).items()
               if v != made['model'][k]]
     raise ValueError(f'{stage.name}: init_from {checkpoints} holds a model of another shape: {", ".join(differ)}')
-
-
-def state_bytes(stage: Stage, config: ml_collections.ConfigDict) -> int:
-  tx = optimizer(config.optimizer, stage.steps)
-  state = jax.eval_shape(lambda: init_state(stage.model.init(jax.random.key(0)), tx, stage.aux))
-  return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
 
 
 def device_memory() -> float:
@@ -225,7 +239,8 @@ def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: 
 def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> train.Program:
   model = stage.model
   return train.program(model.init, model.logical_axes(), objective=stage.objective, mesh=mesh, aux=stage.aux,
-                       tx=optimizer(config.optimizer, stage.steps), microbatches=stage.microbatches)
+                       tx=optimizer(config.optimizer, stage.steps),
+                       microbatches=1 if stage.splits_inside else stage.microbatches)
 
 
 def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, init_role: str = 'init',
@@ -243,29 +258,35 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
   rows = sampler_lib.process_rows(sharding.batch_sharding(run.mesh), batch_size)
   sampler = sampler_lib.Sampler(run.store, 'train', weights_M, batch_size, seed=seed_for(config, role),
                                 block=config.data.block, rows=rows)
-  dataset = sampler if add_columns is None else sampler.map(add_columns)
-  batches = iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=config.data.prefetch))
-  evaluate = evaluate_lib.evaluator(model.token_nll, run.store, run.mesh, batch_size=batch_size,
-                                    max_sequences=config.train.eval_sequences)
+  batches = sampler_lib.batches(sampler if add_columns is None else sampler.map(add_columns), config.data.prefetch)
+  evaluate = evaluate_lib.evaluator(
+    objectives.in_microbatches(model.token_nll, stage.microbatches), run.store, run.mesh, batch_size=batch_size,
+    max_sequences=config.train.eval_sequences)
+  rates = np.asarray(jax.vmap(learning_rate(config.optimizer, stage.steps))(np.arange(stage.steps)))
   directory = run.directory / stage.name
-  initial = None
+  identity = {
+    'stage': stage.name, 'steps': stage.steps, 'batch_size': batch_size, 'model': dataclasses.asdict(model),
+    'n_params': model.n_params, 'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
+    'weights': dict(zip(run.store.domains, map(float, weights_M))),
+    'epochs': dict(zip(run.store.domains, map(float, sampler.epochs(stage.steps * batch_size))))}
+  workdir.write_json(directory / 'stage.json', identity | {'finished': is_finished(directory)})
+
+  def starting_params():
+    with Checkpoints(pathlib.Path(stage.init_from), keep=2) as other:
+      return other.restore_params(program.abstract_state.params)
+
   with (contextlib.closing(batches),
         Checkpoints(directory / 'checkpoints', keep=config.train.keep_checkpoints) as checkpoints):
-    if stage.init_from:
-      with Checkpoints(pathlib.Path(stage.init_from), keep=2) as other:
-        initial = other.restore_params(program.abstract_state.params)
     state = train.fit(
       program, batches, key=jax.random.key(seed_for(config, init_role)), stage=stage.name, total_steps=stage.steps,
       checkpoints=checkpoints, writer=run.writer, log_every=config.train.log_every,
       checkpoint_every=config.train.checkpoint_every, tokens_per_step=batch_size * stage.length,
       flops_per_step=stage.flops / stage.steps, peak_flops=run.peak_flops, progress=run.progress,
-      name_examples=run.example_names, evaluate=evaluate, eval_every=config.train.eval_every, initial_params=initial,
-      describe=describe, profile_steps=config.profile_steps, profile_directory=run.directory / 'profile')
-  workdir.write_json(directory / 'stage.json', {
-    'stage': stage.name, 'steps': stage.steps, 'batch_size': batch_size, 'model': dataclasses.asdict(model),
-    'n_params': model.n_params, 'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
-    'weights': dict(zip(run.store.domains, map(float, weights_M))),
-    'epochs': dict(zip(run.store.domains, map(float, sampler.epochs(stage.steps * batch_size))))})
+      name_examples=run.example_names, evaluate=evaluate, eval_every=config.train.eval_every,
+      initial_params=starting_params if stage.init_from else None,
+      describe=lambda step, values: describe(values) | {'learning_rate': rates[step - 1]},
+      profile_steps=config.profile_steps, profile_directory=run.directory / 'profile')
+  workdir.write_json(directory / 'stage.json', identity | {'finished': True})
   return state
 
 

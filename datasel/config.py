@@ -44,7 +44,7 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.optimizer.b2 = 0.98
   config.optimizer.eps = 1e-8
   config.optimizer.weight_decay = 0.01
-  config.optimizer.clip = 1.0  # global gradient norm
+  config.optimizer.clip = 1.0  # global gradient norm; 0: none
 
   config.train = ml_collections.ConfigDict()
   config.train.steps = 1000
@@ -94,6 +94,7 @@ def doremi() -> ml_collections.ConfigDict:
   section.clip = True  # excess losses at 0, per token
   section.loss_reduction = 'domain_mean'  # or 'token_mean', as the released code
   section.missing_domain = 'zero'  # or 'keep', as the released code
+  section.initial_weights = 'uniform'  # alpha_0; or 'sampling', those of the proxy's batches, as the released code
   section.average_includes_initial = False  # True as the released code
   section.proxy_sampling = 'uniform'  # domains of the proxy's batches; or 'reference': the reference weights
   section.train_main = True  # train the main model on both mixtures and compare
@@ -158,6 +159,13 @@ def check(config: ml_collections.ConfigDict) -> None:
                        f'config.{name}.batch_size {config[name].batch_size}; choose a divisor of it')
   if not 0 <= config.optimizer.warmup_fraction <= 1:
     raise ValueError(f'config.optimizer.warmup_fraction is {config.optimizer.warmup_fraction}; want a part of 1')
+  for path in ('optimizer.clip', 'optimizer.weight_decay', 'optimizer.eps', 'train.eval_every', 'train.eval_sequences',
+               'profile_steps'):
+    if flat[path] < 0:
+      raise ValueError(f'config.{path} is {flat[path]}; want 0 or more')
+  for path in ('optimizer.b1', 'optimizer.b2'):
+    if not 0 <= flat[path] < 1:
+      raise ValueError(f'config.{path} is {flat[path]}; want at least 0 and below 1')
   if config.data.verify not in ('full', 'size'):
     raise ValueError(f"config.data.verify is {config.data.verify!r}; want 'full' or 'size'")
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from datasel import sharding
-from datasel.batch import HOST_KEYS
 from datasel.data import sampler
 from datasel.data.store import Store
 from datasel.objectives import TokenNLL, domain_sums
@@ -18,16 +17,16 @@ def evaluator(token_nll: TokenNLL, store: Store, mesh: jax.sharding.Mesh, *, bat
               split: str = 'validation') -> Callable[[Any], dict]:
   """evaluate(params) -> {'nll': {domain: nats/token}, 'bits_per_byte': {domain: ...}, 'uniform_nll', 'worst_nll'}.
 
-  Reads the first `max_sequences` sequences of every domain (0: all of them), the same ones each time.  The last batch
-  is filled up with rows that count nothing, so nothing is dropped.
+  Reads `max_sequences` sequences of every domain, spread evenly over its split (0: all of them), the same ones each
+  time.  The last batch is filled up with rows that count nothing, so nothing is dropped.  Bits per byte are exact for
+  the whole split; for a part of it they take the split's bytes per target.
   """
   sizes_M = store.sizes(split)
   wanted_M = np.minimum(sizes_M, max_sequences) if max_sequences else sizes_M
   domain_N = np.repeat(np.arange(len(sizes_M), dtype=np.int32), wanted_M)
-  record_N = np.concatenate([np.arange(n, dtype=np.int64) for n in wanted_M])
+  record_N = np.concatenate([np.arange(n, dtype=np.int64) * size // n for n, size in zip(wanted_M, sizes_M)])
   bytes_per_target = {name: c['bytes'] / c['targets'] for name, c in store.counts(split).items()}
-  rows = sharding.batch_sharding(mesh)
-  first, last = sampler.process_rows(rows, batch_size)
+  first, last = sampler.process_rows(sharding.batch_sharding(mesh), batch_size)
 
   def sums(params, batch):
     with sharding.use(mesh):
@@ -43,9 +42,7 @@ def evaluator(token_nll: TokenNLL, store: Store, mesh: jax.sharding.Mesh, *, bat
       index_B = np.where(real_B, index_B, 0)
       batch = store.read(split, domain_N[index_B], record_N[index_B])
       batch['loss_mask_BxL'] = batch['loss_mask_BxL'] * real_B[:, None].astype(np.float32)
-      device_batch = {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()
-                      if name not in HOST_KEYS}
-      batch_total_M, batch_count_M = jax.device_get(sums(params, device_batch))
+      batch_total_M, batch_count_M = jax.device_get(sums(params, sharding.put(mesh, batch)))
       total_M, count_M = total_M + batch_total_M, count_M + batch_count_M
     nll = {name: float(t / c) for name, t, c in zip(store.domains, total_M, count_M)}
     if not all(map(math.isfinite, nll.values())):

@@ -12,7 +12,6 @@ import logging
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -212,13 +211,11 @@ def environment(argv: list[str]) -> dict:
 
   from datasel import hardware
   peak, source = hardware.peak_flops_per_device()
-  git = subprocess.run(['git', '-C', str(pathlib.Path(__file__).parent), 'describe', '--always', '--dirty'],
-                       capture_output=True, text=True, check=False)
   return {
     'command': ['python', '-m', 'datasel.main', *argv], 'python': platform.python_version(), 'jax': jax.__version__,
     'jaxlib': jaxlib.__version__, 'flax': flax.__version__,
     'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es)',
-    'peak_flops_per_device': peak, 'peak_flops_source': source, 'git': git.stdout.strip() or None,
+    'peak_flops_per_device': peak, 'peak_flops_source': source, 'git': workdir.git_version(),
     'started': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
   }
 

@@ -46,10 +46,15 @@ def decayed(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(r'norm', jax.tree_util.keystr(path)), params)
 
 
+def clipping(norm: float) -> optax.GradientTransformation:
+  """Scales gradients down to this global norm; 0: as they are."""
+  return optax.clip_by_global_norm(norm) if norm else optax.identity()
+
+
 def adamw(learning_rate: optax.ScalarOrSchedule, *, b1: float, b2: float, eps: float, weight_decay: float,
           clip: float) -> optax.GradientTransformation:
   """AdamW (Loshchilov & Hutter 2019) after clipping the gradient's global norm to `clip`."""
-  return optax.chain(optax.clip_by_global_norm(clip),
+  return optax.chain(clipping(clip),
                      optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed))
 
 
@@ -58,7 +63,7 @@ def adafactor(learning_rate: optax.ScalarOrSchedule, *, weight_decay: float,
   """Adafactor (Shazeer & Stern 2018) with an absolute rate and decoupled decay, as DoReMi trains: of the second
   moment only rows and columns are kept, for arrays with two axes of 128 or more, and no first moment at all."""
   return optax.chain(
-    optax.clip_by_global_norm(clip),
+    clipping(clip),
     optax.scale_by_factored_rms(),
     optax.clip_by_block_rms(1.0),
     optax.add_decayed_weights(weight_decay, mask=decayed),

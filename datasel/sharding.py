@@ -14,6 +14,8 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from datasel.batch import HOST_KEYS, Batch
+
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
 # Parameters are split over `fsdp` by their width and over `tensor` by heads, feed-forward or vocabulary.
@@ -85,6 +87,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, rules: Mapping[str, Any] = RULES) -> NamedSharding:
   """Rows over the data axes; every array of a batch has its rows first."""
   return NamedSharding(mesh, spec(('batch',), rules))
+
+
+def put(mesh: Mesh, batch: Batch) -> Batch:
+  """This process's rows of a global batch -> global device arrays; what belongs to the host stays behind."""
+  rows = batch_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items() if name not in HOST_KEYS}
 
 
 def optimizer_shardings(mesh: Mesh, tx: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:

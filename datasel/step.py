@@ -40,12 +40,14 @@ def train_step(state: State, batch: Batch, *, objective: Objective, tx: optax.Gr
 
   microbatches > 1 splits the batch's rows, which it must divide, and sums the parts' gradients weighted by
   metrics['weight'] in one scan: the gradient of the whole batch, also when its masks are ragged, at the memory of a
-  part.  Returns the new state and the objective's metrics with `loss`, `grad_norm` and `update_norm` added.
+  part.  Returns the new state and the objective's metrics with `loss` and the norms of gradient,
+  update and parameters added.
   """
   loss, aux, metrics, grads = _gradient(objective, state.params, state.aux, batch, microbatches)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics = metrics | {'loss': loss, 'grad_norm': optax.tree.norm(grads), 'update_norm': optax.tree.norm(updates)}
+  metrics = metrics | {'loss': loss, 'grad_norm': optax.tree.norm(grads), 'update_norm': optax.tree.norm(updates),
+                       'param_norm': optax.tree.norm(params)}
   return State(state.step + 1, params, opt_state, aux), metrics
 
 

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from datasel import metrics as metrics_lib
 from datasel import sharding
-from datasel.batch import HOST_KEYS, Batch
+from datasel.batch import Batch
 from datasel.checkpoint import Checkpoints
 from datasel.step import Objective, State, init_state, train_step
 
@@ -37,8 +37,7 @@ class Program:
 
   def put(self, batch: Batch) -> Batch:
     """This process's rows of a global batch -> global device arrays."""
-    rows = sharding.batch_sharding(self.mesh)
-    return {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items() if name not in HOST_KEYS}
+    return sharding.put(self.mesh, batch)
 
 
 def program(init_params: Callable[[jax.Array], Any], logical_axes: Any, *, objective: Objective,
@@ -66,20 +65,22 @@ def program(init_params: Callable[[jax.Array], Any], logical_axes: Any, *, objec
 def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_steps: int, checkpoints: Checkpoints,
         writer: metrics_lib.Writer, log_every: int, checkpoint_every: int, tokens_per_step: int, flops_per_step: float,
         peak_flops: float, progress: metrics_lib.Progress, name_examples: Callable[[Batch], str],
-        evaluate: Callable[[Any], dict] | None = None, eval_every: int = 0, initial_params: Any = None,
-        describe: Callable[[dict], dict] = lambda m: m, profile_steps: int = 0,
+        evaluate: Callable[[Any], dict] | None = None, eval_every: int = 0,
+        initial_params: Callable[[], Any] | None = None,
+        describe: Callable[[int, dict], dict] = lambda step, values: values, profile_steps: int = 0,
         profile_directory: pathlib.Path | None = None) -> State:
   """Trains to `total_steps` from the newest whole checkpoint, or from the start; returns the final state.
 
-  batches: an iterator with get_state/set_state.  evaluate(params) -> values for metrics.jsonl.  describe(metrics as
-  NumPy) -> values for metrics.jsonl.  name_examples(batch) names its examples in the error when a loss is not finite.
+  batches: an iterator with get_state/set_state.  evaluate(params) -> values for metrics.jsonl.  describe(step, metrics
+  as NumPy) -> values for metrics.jsonl.  initial_params() is called where there is no checkpoint yet.
+  name_examples(batch) names its examples in the error when a loss is not finite.
   Raises Interrupted after saving on SIGTERM or Ctrl-C, FloatingPointError on a loss or gradient that is not finite.
   """
   restored = checkpoints.restore(program.abstract_state)
   if restored is None:
     start, state = 0, program.init(key)
     if initial_params is not None:
-      state = dataclasses.replace(state, params=initial_params)
+      state = dataclasses.replace(state, params=initial_params())
   else:
     start, state, data_state = restored
     batches.set_state(data_state)
@@ -192,7 +193,7 @@ class _Reporter:
         100 * timing['time/mfu'], 100 * timing['time/data_wait_fraction'],
         metrics_lib.clock(each * (self._total_steps - step)),
         metrics_lib.clock(self._progress.seconds_left))
-    described = {name: x if isinstance(x, dict) else float(x) for name, x in self._describe(values).items()}
+    described = {name: x if isinstance(x, dict) else float(x) for name, x in self._describe(step, values).items()}
     self._writer.write(self._stage, 'train', step, described | timing)
     self._since, self._steps = time.perf_counter(), 0
 

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +39,15 @@ def read_json(path: str | os.PathLike) -> Any:
     return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise ValueError(f'{path} is not valid JSON ({e}); delete it, or restore it from a copy') from e
+
+
+def git_version() -> str | None:
+  """The commit of the code that runs, '-dirty' if changed since; None outside a checkout."""
+  if shutil.which('git') is None:
+    return None
+  found = subprocess.run(['git', '-C', str(pathlib.Path(__file__).parent), 'describe', '--always', '--dirty'],
+                         capture_output=True, text=True, check=False)
+  return found.stdout.strip() or None
 
 
 def digest(value: Any) -> str:

@@ -184,7 +184,7 @@ def test_a_signal_saves_the_step_it_falls_in(setting, left_alone, tmp_path, sign
 def test_a_signal_in_the_last_save_still_stops_the_run(setting, left_alone, tmp_path):
   described = []
 
-  def describe(values):
+  def describe(step, values):
     described.append(values)
     if len(described) == STEPS:  # in the last iteration of the loop, after it asked for signals
       os.kill(os.getpid(), signal.SIGTERM)

@@ -6,11 +6,13 @@ Hardware:  released: 8 A100 GPUs.  Cost by formula: 8.4e19 FLOPs for each of the
 Released:  weights of round 1: OpenWebText2 .19, Pile-CC .14, Wikipedia .11; 15 of 22 domains better, the baseline's
            final loss after 70k of 200k steps.  Not yet run with this code.
 
-What differs from the released code: RMSNorm without biases for LayerNorm, and its staleness is not copied (with several
-devices or accumulation its losses used the weights of the step before).
+What differs from the released code: RMSNorm without biases for LayerNorm; baseline weights count packed sequences,
+where its default counts padded ones; and its staleness is not copied (with several devices or accumulation its losses
+used the weights of the step before).
 """
 
 from datasel import config as config_lib
+from datasel.data.mixture import PILE_EPOCHS
 
 
 def get_config(arg: str = ''):
@@ -36,8 +38,10 @@ def get_config(arg: str = ''):
   config.doremi.model = config_lib.model('doremi_120m_repository')
   config.doremi.steps = 200_000
   config.doremi.batch_size = 512
-  config.doremi.baseline = 'examples'
+  config.doremi.baseline = 'pile'
+  config.doremi.baseline_epochs = PILE_EPOCHS
   config.doremi.loss_reduction = 'token_mean'
   config.doremi.missing_domain = 'keep'
+  config.doremi.initial_weights = 'sampling'
   config.doremi.average_includes_initial = True
   return config_lib.finish(config, arg)

@@ -22,6 +22,14 @@ import yaml
 from datasel import workdir
 from datasel.data import domains as domain_names
 
+# How often the Pile's authors repeat each of its domains (Gao et al. 2020, Table 1), for `by_pile_convention`.
+PILE_EPOCHS = {
+    'Pile-CC': 1.0, 'PubMed_Central': 2.0, 'Books3': 1.5, 'OpenWebText2': 2.0, 'ArXiv': 2.0, 'Github': 1.0,
+    'FreeLaw': 1.5, 'StackExchange': 2.0, 'USPTO_Backgrounds': 2.0, 'PubMed_Abstracts': 2.0, 'Gutenberg_PG-19': 2.5,
+    'OpenSubtitles': 1.5, 'Wikipedia_en': 3.0, 'DM_Mathematics': 2.0, 'Ubuntu_IRC': 2.0, 'BookCorpus2': 1.5,
+    'EuroParl': 2.0, 'HackerNews': 2.0, 'YoutubeSubtitles': 2.0, 'PhilPapers': 2.0, 'NIH_ExPorter': 2.0,
+    'Enron_Emails': 2.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:

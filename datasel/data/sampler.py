@@ -140,7 +140,7 @@ class SamplerIterator(grain.DatasetIterator):
     self._position = self._sampler.position(state)
 
 
-def batches(sampler: Sampler, prefetch: int = 2) -> grain.DatasetIterator:
+def batches(sampler: grain.IterDataset, prefetch: int = 2) -> grain.DatasetIterator:
   """The iterator a training loop uses: `prefetch` batches are read ahead by a thread.
 
   `get_state` and `set_state` speak of the batches the caller has taken, never of those read ahead.  Call `close` when

@@ -194,7 +194,10 @@ def test_a_start_that_does_not_fit_is_refused(finished, store, tmp_path):
 
 def test_weights_too_small_for_the_sampler_are_refused_before_the_run(store):
   with pytest.raises(ValueError, match='smoothing 1e-06.*data.block = 4096'):
-    doremi.stages(make_config(doremi__smoothing=1e-6), store)
+    doremi.stages(make_config(doremi__smoothing=1e-6, doremi__train_main=True), store)
+  doremi.stages(make_config(doremi__smoothing=0.0), store)  # nothing is sampled by the result
+  with pytest.raises(ValueError, match='proxy_sampling.*unifrom'):
+    doremi.stages(make_config(doremi__proxy_sampling='unifrom'), store)
 
 
 def untimed(folder):

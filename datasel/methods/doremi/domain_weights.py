@@ -27,14 +27,17 @@ def update(log_alpha_M: jax.Array, excess_nll_M: jax.Array, *, step_size: float 
   return jnp.log((1 - smoothing) * jnp.exp(log_alpha_M) + smoothing / log_alpha_M.shape[0])
 
 
-def initial_aux(n_domains: int, *, vocab_size: int) -> dict:
-  """The objective's state before the first step: uniform weights, an empty average.
+def initial_aux(n_domains: int, *, vocab_size: int, initial_M: jax.Array | None = None) -> dict:
+  """The objective's state before the first step: alpha_0, uniform (paper) unless given, and an empty average.
 
   excess_M is what the 'keep' policy repeats for a domain that has not been seen yet: log V, as the repository has it.
   """
-  uniform_M = jnp.full((n_domains,), 1 / n_domains, jnp.float32)
+  if initial_M is None:
+    initial_M = jnp.full((n_domains,), 1 / n_domains)
+  initial_M = jnp.asarray(initial_M, jnp.float32)
   return {
-    'log_alpha_M': jnp.log(uniform_M),
+    'initial_M': initial_M,
+    'log_alpha_M': jnp.log(initial_M),
     'alpha_sum_M': jnp.zeros((n_domains,), jnp.float32),
     'alpha_sum_error_M': jnp.zeros((n_domains,), jnp.float32),
     'updates': jnp.zeros((), jnp.int32),
@@ -44,10 +47,9 @@ def initial_aux(n_domains: int, *, vocab_size: int) -> dict:
 
 def average(aux: dict, *, include_initial: bool = False) -> jax.Array:
   """The output of DoReMi, mean of alpha_t over t = 1..T (paper) or t = 0..T (repository): float32 M on the simplex."""
-  n_domains = aux['alpha_sum_M'].shape[0]
-  total_M = aux['alpha_sum_M'] + (1 / n_domains if include_initial else 0)
+  total_M = aux['alpha_sum_M'] + (aux['initial_M'] if include_initial else 0)
   count = aux['updates'] + (1 if include_initial else 0)
-  return jnp.where(count > 0, total_M / jnp.maximum(count, 1), 1 / n_domains)
+  return jnp.where(count > 0, total_M / jnp.maximum(count, 1), aux['initial_M'])
 
 
 def group_dro(token_nll: TokenNLL, n_domains: int, *, step_size: float = 1.0, smoothing: float = 1e-3,
@@ -92,7 +94,8 @@ def group_dro(token_nll: TokenNLL, n_domains: int, *, step_size: float = 1.0, sm
 
     alpha_sum_M, error_M = _compensated_add(aux['alpha_sum_M'], aux['alpha_sum_error_M'], alpha_M)
     new_aux = {
-      'log_alpha_M': log_alpha_M, 'alpha_sum_M': alpha_sum_M, 'alpha_sum_error_M': error_M,
+      'initial_M': aux['initial_M'], 'log_alpha_M': log_alpha_M,
+      'alpha_sum_M': alpha_sum_M, 'alpha_sum_error_M': error_M,
       'updates': aux['updates'] + 1, 'excess_M': jnp.where(present_M, excess_M, aux['excess_M']),
     }
     metrics = {

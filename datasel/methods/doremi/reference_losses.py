@@ -10,6 +10,7 @@ known before it starts, because the sampler is a pure function; only those are c
 
 import json
 import logging
+import os
 import pathlib
 import time
 from typing import Any
@@ -18,7 +19,6 @@ import jax
 import numpy as np
 
 from datasel import metrics, sharding, workdir
-from datasel.batch import HOST_KEYS
 from datasel.data import sampler
 from datasel.data.store import Store
 from datasel.objectives import TokenNLL
@@ -92,8 +92,7 @@ def compute(directory: pathlib.Path, token_nll: TokenNLL, params: Any, store: St
   done, nll = 0, None
   if lead:
     done, nll = _open(directory, identity, n_rows, store.length)
-  rows = sharding.batch_sharding(mesh)
-  first, last = sampler.process_rows(rows, batch_size)
+  first, last = sampler.process_rows(sharding.batch_sharding(mesh), batch_size)
 
   def whole(params, batch):
     with sharding.use(mesh):
@@ -106,9 +105,7 @@ def compute(directory: pathlib.Path, token_nll: TokenNLL, params: Any, store: St
   for start in range(done, n_rows, batch_size):
     index_B = np.minimum(np.arange(start + first, start + last), n_rows - 1)
     batch = store.read('train', domain_N[index_B], record_N[index_B])
-    device_batch = {name: jax.make_array_from_process_local_data(rows, x) for name, x in batch.items()
-                    if name not in HOST_KEYS}
-    values = jax.device_get(whole(params, device_batch))
+    values = jax.device_get(whole(params, sharding.put(mesh, batch)))
     finite_B = np.isfinite(values).all(-1)
     if not finite_B.all():
       row = min(start + int(finite_B.argmin()), n_rows - 1)
@@ -152,7 +149,11 @@ def _open(directory: pathlib.Path, identity: str, n_rows: int, length: int) -> t
       return left['rows'], np.lib.format.open_memmap(directory / _NLL, 'r+')
   partial.unlink(missing_ok=True)
   (directory / _MANIFEST).unlink(missing_ok=True)
-  return 0, np.lib.format.open_memmap(directory / _NLL, 'w+', np.float32, (n_rows, length))
+  nll = np.lib.format.open_memmap(directory / _NLL, 'w+', np.float32, (n_rows, length))
+  if hasattr(os, 'posix_fallocate'):  # a full disk is an error here, not a bus error at some later write
+    with open(directory / _NLL, 'r+b') as f:
+      os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+  return 0, nll
 
 
 def _records_file(domain: str) -> str:

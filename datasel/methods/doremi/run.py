@@ -70,9 +70,12 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
   ValueError for weights that could not be sampled: of the baseline, or, by the smallest they can get, of the result.
   """
   section, main = config.doremi, config_lib.to_model(config.model)
-  build.mixture(section.baseline, store, section.baseline_epochs.to_dict(), 'doremi.baseline')
+  for key, known in (('proxy_sampling', ('uniform', 'reference')), ('initial_weights', ('uniform', 'sampling'))):
+    if section[key] not in known:
+      raise ValueError(f'config.doremi.{key} is {section[key]!r}; want one of {known}')
+  baseline = build.mixture(section.baseline, store, section.baseline_epochs.to_dict(), 'doremi.baseline')
   smallest = section.smoothing / len(store.domains)
-  if smallest * config.data.block < 1:
+  if smallest * config.data.block < 1 and (section.train_main or section.rounds > 1):
     raise ValueError(
       f'config.doremi.smoothing {section.smoothing} lets the weight of one of {len(store.domains)} domains fall to '
       f'{smallest:.2g}, which config.data.block = {config.data.block} sequences cannot hold; raise one of '
@@ -81,7 +84,7 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
   for r in range(section.rounds):
     prefix = _prefix(config, r)
     listed += [_reference(config, store, prefix), _reference_nll(config, store, prefix)]
-    listed += [_proxy(config, store, prefix, s, mixture_lib.uniform(store.domains)) for s in range(section.seeds)]
+    listed += [_proxy(config, store, prefix, s, _sampling(config, baseline)) for s in range(section.seeds)]
   return listed + [_main(config, store, name, main) for name in ('baseline', 'tuned') if section.train_main]
 
 
@@ -97,7 +100,7 @@ def _reference_nll(config: ml_collections.ConfigDict, store: Store, prefix: str)
   section = config.doremi
   model = config_lib.to_model(section.model)
   rows = min(section.steps * section.batch_size * section.seeds, int(store.sizes('train').sum()))
-  return build.Stage(f'{prefix}reference_nll', model, None, 0, section.batch_size, 1, store.length,
+  return build.Stage(f'{prefix}reference_nll', model, None, 0, section.batch_size, section.microbatches, store.length,
                      other_flops=model.flops_per_token(store.length) / 3 * store.length * rows,
                      other_bytes=4 * store.length * rows)
 
@@ -105,14 +108,22 @@ def _reference_nll(config: ml_collections.ConfigDict, store: Store, prefix: str)
 def _proxy(config: ml_collections.ConfigDict, store: Store, prefix: str, seed: int, sampling: Mixture) -> build.Stage:
   section, n_domains = config.doremi, len(store.domains)
   model = config_lib.to_model(section.model)
+  sampling_M = jnp.asarray(sampling.for_domains(store.domains), jnp.float32)
   objective = domain_weights.group_dro(
     objectives.in_microbatches(model.token_nll, section.microbatches), n_domains, step_size=section.step_size,
     smoothing=section.smoothing, clip=section.clip, loss_reduction=section.loss_reduction,
-    missing_domain=section.missing_domain, sampling_M=jnp.asarray(sampling.for_domains(store.domains), jnp.float32))
+    missing_domain=section.missing_domain, sampling_M=sampling_M)
+  initial_M = None if section.initial_weights == 'uniform' else sampling_M
   # The objective splits its batch itself: alpha must have seen all of it before the first gradient.
-  return build.Stage(f'{prefix}proxy-{seed}', model, objective, section.steps, section.batch_size, 1, store.length,
-                     aux=domain_weights.initial_aux(n_domains, vocab_size=model.vocab_size),
-                     extra_columns=('reference_nll_BxL',), init_from=section.init_from)
+  return build.Stage(f'{prefix}proxy-{seed}', model, objective, section.steps, section.batch_size, section.microbatches,
+                     store.length, aux=domain_weights.initial_aux(n_domains, vocab_size=model.vocab_size,
+                                                                  initial_M=initial_M),
+                     extra_columns=('reference_nll_BxL',), init_from=section.init_from, splits_inside=True)
+
+
+def _sampling(config: ml_collections.ConfigDict, reference: Mixture) -> Mixture:
+  """What the proxies' batches are drawn by."""
+  return reference if config.doremi.proxy_sampling == 'reference' else mixture_lib.uniform(reference.weights)
 
 
 def _main(config: ml_collections.ConfigDict, store: Store, name: str, model: Mistral) -> build.Stage:
@@ -144,26 +155,28 @@ def one_round(run: build.Run, prefix: str, reference: Mixture, round_name: str) 
   """Steps 1 and 2 of the paper: reference model on the reference weights, proxies against it, their average weights."""
   config, section, store = run.config, run.config.doremi, run.store
   stage = _reference(config, store, prefix)
-  state = build.train_stage(run, stage, role=stage.name, weights_M=reference.for_domains(store.domains))
-
-  sampling = mixture_lib.uniform(store.domains) if section.proxy_sampling == 'uniform' else reference
+  sampling = _sampling(config, reference)
   sampling_M = sampling.for_domains(store.domains)
   proxies = [_proxy(config, store, prefix, s, sampling) for s in range(section.seeds)]
+  # Only what is still needed of a model is kept: the parameters of the reference while its losses are computed, the
+  # weights of a proxy.
+  params = build.train_stage(run, stage, role=stage.name, weights_M=reference.for_domains(store.domains)).params
   samplers = [Sampler(store, 'train', sampling_M, section.batch_size, seed=build.seed_for(config, proxy.name),
                       block=config.data.block) for proxy in proxies]
-  records = reference_losses.visited(samplers, section.steps)
   losses = reference_losses.compute(
-    run.directory / f'{prefix}reference_nll', stage.model.token_nll, state.params, store, run.mesh, records,
+    run.directory / f'{prefix}reference_nll', objectives.in_microbatches(stage.model.token_nll, stage.microbatches),
+    params, store, run.mesh, reference_losses.visited(samplers, section.steps),
     batch_size=section.batch_size, stage=f'{prefix}reference_nll', progress=run.progress,
     flops_per_row=stage.model.flops_per_token(store.length) / 3 * store.length,
     provenance={'stage': stage.name, 'steps': stage.steps, 'model': dataclasses.asdict(stage.model),
                 'weights': reference.weights, 'seed': config.seed})
+  del params
 
   averages = []
   for s, proxy in enumerate(proxies):
-    state = build.train_stage(run, proxy, role=proxy.name, init_role=f'init-{s}', weights_M=sampling_M,
-                              add_columns=losses.add, describe=lambda values: _by_domain(values, store.domains))
-    aux = jax.device_get(state.aux)
+    aux = jax.device_get(build.train_stage(
+      run, proxy, role=proxy.name, init_role=f'init-{s}', weights_M=sampling_M, add_columns=losses.add,
+      describe=lambda values: _by_domain(values, store.domains)).aux)
     named = lambda x_M: dict(zip(store.domains, np.asarray(x_M, np.float64).tolist()))
     averages.append(named(domain_weights.average(aux, include_initial=section.average_includes_initial)))
     workdir.write_json(run.directory / proxy.name / 'weights.json',
@@ -171,7 +184,7 @@ def one_round(run: build.Run, prefix: str, reference: Mixture, round_name: str) 
   mean = {name: math.fsum(a[name] for a in averages) / len(averages) for name in store.domains}
   return Mixture(mixture_lib.normalised(mean), {
     'method': 'doremi', 'round': round_name, 'seed': config.seed, 'step': section.steps, 'store': store.digest,
-    'tokenizer': store.tokenizer, 'reference': reference.weights, 'seeds': averages})
+    'git': workdir.git_version(), 'tokenizer': store.tokenizer, 'reference': reference.weights, 'seeds': averages})
 
 
 def warnings(run: build.Run, tuned: Mixture) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,30 +20,42 @@ Value = float | int | dict[str, float]
 
 
 class Writer:
-  """Appends to WORKDIR/metrics.jsonl.  A context manager.  Of several processes only the first writes."""
+  """Appends to WORKDIR/metrics.jsonl.  A context manager.  Of several processes only the first writes.
+
+  TensorBoard finds a run for each stage in WORKDIR/tensorboard/STAGE, with tags KIND/NAME.  Weights & Biases sees one
+  run, whose id is in WORKDIR/wandb_id.txt; what follows the last checkpoint is sent again after a restart.
+  """
 
   def __init__(self, directory: pathlib.Path, *, tensorboard: bool = False, wandb_project: str = '',
                config: dict | None = None):
     self._path = pathlib.Path(directory) / 'metrics.jsonl'
-    self._board, self._wandb = None, None
+    self._boards: dict[str, Any] | None = {} if tensorboard else None  # by stage, opened when needed
+    self._wandb = None
+    self._wandb_stages: set[str] = set()
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    if tensorboard:
-      import tensorboardX
-      self._board = tensorboardX.SummaryWriter(str(self._path.parent / 'tensorboard'), flush_secs=10)
     if wandb_project:
       try:
         import wandb
       except ImportError as e:
         raise ImportError("tracking.wandb_project is set, but wandb is not installed: pip install 'datasel[dev]', or "
                           'leave it empty') from e
-      self._wandb = wandb.init(project=wandb_project, config=config, dir=str(self._path.parent), resume='allow')
+      id_file = self._path.parent / 'wandb_id.txt'
+      if not id_file.exists():
+        with workdir.replacing(id_file, 'w') as f:
+          f.write(uuid.uuid4().hex)
+      self._wandb = wandb.init(project=wandb_project, config=config, dir=str(self._path.parent),
+                               id=id_file.read_text().strip(), resume='allow')
 
   def rewind(self, stage: str, step: int) -> None:
     """Drops what an interrupted process wrote for `stage` after `step`, and a half-written last line."""
-    if self._writes and self._path.exists():
+    if not self._writes:
+      return
+    if self._boards is not None:
+      self._open_board(stage, purge_step=step + 1)
+    if self._path.exists():
       kept = [line for line in _lines(self._path) if line['stage'] != stage or line['step'] <= step]
       with workdir.replacing(self._path, 'w') as f:
         f.writelines(json.dumps(line) + '\n' for line in kept)
@@ -53,20 +66,36 @@ class Writer:
     line = {'stage': stage, 'kind': kind, 'step': step, **values}
     with open(self._path, 'a', encoding='utf-8') as f:
       f.write(json.dumps(line, allow_nan=False) + '\n')
-    if self._board is not None:
+    if self._boards is not None:
+      board = self._boards.get(stage) or self._open_board(stage)
       for name, value in _flat(values):
-        self._board.add_scalar(f'{stage}/{kind}/{name}', value, step)
+        board.add_scalar(f'{kind}/{name}', value, step)
     if self._wandb is not None:
+      if stage not in self._wandb_stages:
+        self._wandb.define_metric(f'{stage}/*', step_metric=f'{stage}/step')
+        self._wandb_stages.add(stage)
       self._wandb.log({f'{stage}/{kind}/{name}': value for name, value in _flat(values)} | {f'{stage}/step': step})
 
   def __enter__(self) -> 'Writer':
     return self
 
   def __exit__(self, *exception: Any) -> None:
-    if self._board is not None:
-      self._board.close()
+    for board in (self._boards or {}).values():
+      board.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+  def _open_board(self, stage: str, purge_step: int | None = None) -> Any:
+    """A TensorBoard writer that hides what earlier ones wrote for the stage from `purge_step` on."""
+    import tensorboardX
+    if stage in self._boards:
+      self._boards[stage].close()
+    folder = self._path.parent / 'tensorboard' / stage  # of its own: a purge is of all tags in a folder
+    # The suffix: two writers of one second would have one file, and files are read in the order of their names.
+    self._boards[stage] = tensorboardX.SummaryWriter(
+        str(folder), purge_step=purge_step if folder.exists() else None, flush_secs=10,
+        filename_suffix=f'.{time.time_ns()}')
+    return self._boards[stage]
 
 
 def read(directory: pathlib.Path, stage: str | None = None, kind: str | None = None) -> list[dict]:

@@ -3,7 +3,8 @@
   python -m datasel.prepare train-tokenizer --corpus CORPUS --out tokenizer.json --vocab_size 8192
   python -m datasel.prepare --corpus CORPUS --store STORE --tokenizer tokenizer.json
 
-It may be killed at any moment: started again, it takes up the files it had not finished.
+It may be killed at any moment: started again, it takes up the files it had not finished.  Of several processes that
+make the same store, one does and the others wait for it.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Iterator
 
 from datasel.data import corpus as corpora
-from datasel.data import packing, pools, shards
+from datasel.data import locks, packing, pools, shards
 from datasel.data import store as stores
 from datasel.data import tokenizer as tokenizers
 
@@ -53,30 +54,39 @@ def prepare(
   jobs = _jobs(corpus, settings)
   stated = _stated(encoder, settings)
   partial = store.with_name(f'{store.name}.partial')
-  if store.exists():
-    _refuse_difference(store, stated, [source for source, _ in jobs])
-    _log.info('%s is up to date', store)
-    shutil.rmtree(partial, ignore_errors=True)
-    return stores.Store(store, verify='size')
-  _check_holdout(jobs, holdout)
-  _check_space(jobs, partial, packing.record_dtype(length, encoder.vocab_size).itemsize / length)
-  encoder.save(partial / 'tokenizer')
-  results = dict(pools.pack_all(jobs, partial, workers))
-  whole = partial / 'store'
-  shutil.rmtree(whole, ignore_errors=True)
-  encoder.save(whole)
-  stores.assemble([(source, results[source.name]) for source, _ in jobs], partial, whole, stated)
-  os.replace(whole, store)
-  shutil.rmtree(partial)
+  if not store.exists() or partial.exists():  # a store that is whole is opened also where nothing can be written
+    with locks.locked(store.with_name(f'.{store.name}.lock'), f'making {store}'):
+      if not store.exists():
+        _check_holdout(jobs, holdout)
+        _check_space(jobs, partial, packing.record_dtype(length, encoder.vocab_size).itemsize / length)
+        _make(jobs, encoder, stated, store, partial, workers)
+        return stores.Store(store, verify='size')
+      shutil.rmtree(partial, ignore_errors=True)  # of a process killed when all was done
+  _refuse_difference(store, stated, [source for source, _ in jobs])
+  _log.info('%s is up to date', store)
   return stores.Store(store, verify='size')
 
 
 def train_tokenizer(
-    corpus: str | os.PathLike, out: str | os.PathLike, *, vocab_size: int, max_bytes_per_domain: int = 10_000_000
+    corpus: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    vocab_size: int,
+    max_bytes_per_domain: int = 10_000_000,
+    reuse: bool = False,
 ) -> tokenizers.Tokenizer:
-  """Trains a byte-level BPE on the first `max_bytes_per_domain` bytes of text of each train domain, into `out`."""
-  corpus = corpora.Corpus(corpus)
-  encoder = tokenizers.train_bpe(_sample(corpus, max_bytes_per_domain), vocab_size, out)
+  """Trains a byte-level BPE on the first `max_bytes_per_domain` bytes of text of each train domain, into `out`.
+
+  reuse: an `out` already there is loaded as it is, also one that another process is making now.
+  """
+  corpus, out = corpora.Corpus(corpus), pathlib.Path(out)
+  if reuse and out.exists():
+    return tokenizers.load(out)
+  with locks.locked(out.with_name(f'.{out.name}.lock'), f'training {out}'):
+    if reuse and out.exists():
+      return tokenizers.load(out)
+    _log.info('training a tokenizer of %d tokens', vocab_size)
+    encoder = tokenizers.train_bpe(_sample(corpus, max_bytes_per_domain), vocab_size, out)
   if encoder.vocab_size < vocab_size:
     _log.warning('%s has %d tokens, not %d: the text holds no more', out, encoder.vocab_size, vocab_size)
   return encoder
@@ -140,6 +150,19 @@ def _jobs(corpus: corpora.Corpus, settings: shards.Settings) -> list[pools.Job]:
     own = dataclasses.replace(settings, holdout=holdout)
     jobs += [(source, own) for source in (*train[domain], *validation.get(domain, ()))]
   return jobs
+
+
+def _make(jobs: list[pools.Job], encoder: tokenizers.Tokenizer, stated: dict, store: pathlib.Path,
+          partial: pathlib.Path, workers: int) -> None:
+  """Packs into `partial`, taking up what is finished there; the store appears whole.  Call it with the store locked."""
+  encoder.save(partial / 'tokenizer')
+  results = dict(pools.pack_all(jobs, partial, workers))
+  whole = partial / 'store'
+  shutil.rmtree(whole, ignore_errors=True)
+  encoder.save(whole)
+  stores.assemble([(source, results[source.name]) for source, _ in jobs], partial, whole, stated)
+  os.replace(whole, store)
+  shutil.rmtree(partial)
 
 
 def _stated(encoder: tokenizers.Tokenizer, settings: shards.Settings) -> dict:

@@ -66,7 +66,8 @@ DOREMI = {'train.batch_size': 512, 'doremi.batch_size': 512, 'optimizer.name': '
           'optimizer.end_lr': 1e-4, 'optimizer.schedule': 'exponential', 'optimizer.warmup_fraction': 0.06,
           'optimizer.weight_decay': 1e-2, 'optimizer.clip': 1.0, 'data.length': 1024, 'doremi.smoothing': 1e-3,
           'doremi.step_size': 1.0, 'doremi.clip': True, 'doremi.loss_reduction': 'domain_mean',
-          'doremi.missing_domain': 'zero', 'doremi.average_includes_initial': False}
+          'doremi.missing_domain': 'zero', 'doremi.average_includes_initial': False,
+          'doremi.initial_weights': 'uniform'}
 PILE_280M = DOREMI | {'train.steps': 200_000, 'doremi.steps': 200_000, 'doremi.baseline': 'pile', 'doremi.rounds': 1}
 GLAM = DOREMI | {'doremi.steps': 300_000, 'doremi.baseline': 'uniform', 'doremi.tolerance': 1e-3}
 REPOSITORY = {'train.steps': 200_000, 'doremi.steps': 200_000, 'train.batch_size': 512, 'doremi.batch_size': 512,
@@ -74,7 +75,7 @@ REPOSITORY = {'train.steps': 200_000, 'doremi.steps': 200_000, 'train.batch_size
               'optimizer.b2': 0.99, 'optimizer.eps': 1e-8, 'optimizer.weight_decay': 0.01,
               'optimizer.schedule': 'exponential_gap', 'doremi.smoothing': 1e-3, 'doremi.step_size': 1.0,
               'doremi.loss_reduction': 'token_mean', 'doremi.missing_domain': 'keep',
-              'doremi.average_includes_initial': True}
+              'doremi.average_includes_initial': True, 'doremi.initial_weights': 'sampling'}
 PDS = {'train.steps': 100_000, 'train.batch_size': 512, 'data.length': 1024, 'optimizer.name': 'adamw',
        'optimizer.schedule': 'cosine', 'optimizer.b1': 0.9, 'optimizer.b2': 0.98, 'optimizer.eps': 1e-6,
        'optimizer.weight_decay': 1e-2, 'optimizer.clip': 1.0, 'optimizer.warmup_fraction': 0.02}

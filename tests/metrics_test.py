@@ -3,6 +3,7 @@
 import math
 import struct
 import sys
+import types
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -69,23 +70,89 @@ def test_tensorboard_files_hold_the_values_and_need_no_tensorflow(tmp_path):
   with metrics.Writer(tmp_path, tensorboard=True) as writer:
     writer.write('main', 'eval', 3, {'uniform_nll': 2.5, 'nll': {'code': 1.5}})
   assert had or 'tensorflow' not in sys.modules
-  [path] = (tmp_path / 'tensorboard').iterdir()
-  assert list(events(path.read_bytes())) == [(3, 'main/eval/uniform_nll', 2.5), (3, 'main/eval/nll/code', 1.5)]
+  assert shown(tmp_path / 'tensorboard/main') == [(3, 'eval/uniform_nll', 2.5), (3, 'eval/nll/code', 1.5)]
+
+
+def test_tensorboard_shows_each_step_of_a_resumed_stage_once_and_all_of_the_others(tmp_path):
+  for restored, steps in ((-1, (0, 2, 4, 6)), (4, (6, 8)), (8, ())):  # three processes; the last is killed at once
+    with metrics.Writer(tmp_path, tensorboard=True) as writer:
+      if restored == -1:
+        for step in (2, 9):
+          writer.write('reference', 'train', step, {'loss': 1.0})
+      writer.rewind('proxy-0', restored)
+      for step in steps:
+        writer.write('proxy-0', 'train', step, {'loss': restored})
+  assert shown(tmp_path / 'tensorboard/proxy-0') == [
+    (0, 'train/loss', -1), (2, 'train/loss', -1), (4, 'train/loss', -1), (6, 'train/loss', 4), (8, 'train/loss', 4)]
+  assert [step for step, *_ in shown(tmp_path / 'tensorboard/reference')] == [2, 9]
+
+
+def test_a_stage_begun_again_from_nothing_shows_nothing_of_before_in_tensorboard(tmp_path):
+  for value in (1.0, 2.0):
+    with metrics.Writer(tmp_path, tensorboard=True) as writer:
+      writer.rewind('main', -1)
+      writer.write('main', 'eval', 0, {'loss': value})
+  assert shown(tmp_path / 'tensorboard/main') == [(0, 'eval/loss', 2.0)]
+
+
+def shown(folder):
+  """(step, tag, value) that TensorBoard shows: files in order of their names; a start hides steps from its own on."""
+  seen = []
+  for path in sorted(folder.iterdir()):
+    for event in events(path.read_bytes()):
+      if event.session_log.status == event_pb2.SessionLog.START:
+        seen = [value for value in seen if value[0] < event.step]
+      seen += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+  return seen
 
 
 def events(content):
-  """(step, tag, value) of an event file: records of length (8 bytes), its checksum (4), message, checksum (4)."""
+  """The events of a file: records of length (8 bytes), its checksum (4), message, checksum (4)."""
   while content:
     [size] = struct.unpack('<Q', content[:8])
-    event = event_pb2.Event.FromString(content[12:12 + size])
+    yield event_pb2.Event.FromString(content[12:12 + size])
     content = content[16 + size:]
-    yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
 
 
 def test_weights_and_biases_asked_for_but_absent_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(ImportError, match="pip install 'datasel"):
     metrics.Writer(tmp_path, wandb_project='p')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+  """Stands in for the service, which needs an account: keeps the calls made of it, in order."""
+  calls = []
+  run = types.SimpleNamespace(
+    log=lambda values: calls.append(('log', values)), finish=lambda: calls.append(('finish',)),
+    define_metric=lambda name, step_metric: calls.append(('define', name, step_metric)))
+
+  def init(*, project, config, dir, id, resume):
+    calls.append(('init', project, id, resume))
+    return run
+
+  monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+  return calls
+
+
+def test_a_restart_continues_the_same_weights_and_biases_run_and_another_workdir_is_another_run(tmp_path, wandb):
+  for workdir in ('a', 'a', 'b'):
+    metrics.Writer(tmp_path / workdir, wandb_project='p', config={'seed': 0}).__exit__()
+  (_, project, first, resume), _, (*_, again, _), _, (*_, other, _), _ = wandb
+  assert (project, resume) == ('p', 'allow')
+  assert first == again == (tmp_path / 'a/wandb_id.txt').read_text()
+  assert other != first and first.isalnum()
+
+
+def test_each_stage_has_its_own_axis_of_steps_stated_once_before_its_values(tmp_path, wandb):
+  with metrics.Writer(tmp_path, wandb_project='p') as writer:
+    for stage, kind, step in LINES:
+      writer.write(stage, kind, step, {'nll': {'code': 0.5}})
+  sent = [('log', {f'{stage}/{kind}/nll/code': 0.5, f'{stage}/step': step}) for stage, kind, step in LINES]
+  assert wandb[1:] == [('define', 'reference/*', 'reference/step'), *sent[:2],
+                       ('define', 'proxy-0/*', 'proxy-0/step'), *sent[2:], ('finish',)]
 
 
 def test_remaining_time_is_the_work_left_at_the_speed_seen():

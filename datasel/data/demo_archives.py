@@ -7,7 +7,6 @@ the credentials in ~/.netrc), so a mirror or a folder of files serves as well as
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import logging
 import os
@@ -17,10 +16,10 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from datasel import workdir
+from datasel.data import locks
 
 if TYPE_CHECKING:
   import unearth
@@ -75,17 +74,9 @@ def cache_folder(cache: str | os.PathLike | None = None) -> pathlib.Path:
   return pathlib.Path(cache).expanduser().absolute()
 
 
-@contextlib.contextmanager
-def locked(cache: pathlib.Path) -> Iterator[None]:
-  """One process at a time fills a cache; the kernel frees the lock of a killed one, so its leavings may be removed."""
-  cache.mkdir(parents=True, exist_ok=True)
-  with open(cache / '.lock', 'w') as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      logger.info('another process is filling %s; waiting for it', cache)
-      fcntl.flock(f, fcntl.LOCK_EX)
-    yield
+def locked(cache: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+  """One process at a time fills a cache."""
+  return locks.locked(cache / '.lock', f'filling {cache}')
 
 
 def archive(package: str, *, cache: str | os.PathLike | None = None) -> pathlib.Path:

@@ -1,5 +1,7 @@
 """Laws of `prepare`: the store depends on text and settings alone, whatever the form of files, workers and kills."""
 
+import contextlib
+import fcntl
 import gzip
 import json
 import os
@@ -138,6 +140,61 @@ def test_every_form_of_the_text_gives_the_same_shards(root, tmp_path, form):
       _rewrite(form, source, tmp_path / 'corpus' / split)
   prepare.prepare(tmp_path / 'corpus', tmp_path / 'store', root / 'tokenizer.json', **SETTINGS)
   assert _bytes(tmp_path / 'store', shards_only=True) == _bytes(root / 'store', shards_only=True)
+
+
+# What a first run does with a demo corpus.
+FIRST_RUN = '''
+import logging, sys
+from datasel import prepare
+logging.basicConfig(level=logging.INFO, format='%(message)s')
+corpus, folder = sys.argv[1:]
+tokenizer = f'{folder}/tokenizer.json'
+prepare.train_tokenizer(corpus, tokenizer, vocab_size=600, max_bytes_per_domain=50_000, reuse=True)
+prepare.prepare(corpus, f'{folder}/store', tokenizer, length=128, holdout=0.3)
+'''
+
+
+def test_of_two_first_runs_one_works_and_the_other_waits(root, tmp_path):
+  command = [sys.executable, '-c', FIRST_RUN, root / 'corpus', tmp_path]
+  logs = [tmp_path / '0.log', tmp_path / '1.log']
+  with contextlib.ExitStack() as stack:
+    locks = {}
+    for name in ('tokenizer.json', 'store'):  # held here until both stand before it
+      locks[name] = stack.enter_context(open(tmp_path / f'.{name}.lock', 'w'))
+      fcntl.flock(locks[name], fcntl.LOCK_EX)
+    runs = [stack.enter_context(subprocess.Popen(command, stderr=stack.enter_context(open(log, 'w')))) for log in logs]
+    for run in runs:
+      stack.callback(run.kill)
+    for doing in ('training tokenizer.json', 'making store'):
+      verb, name = doing.split()
+      line = f'another process is {verb} {tmp_path / name}; waiting for it'
+      _wait(lambda line=line: all(line in log.read_text() for log in logs))
+      assert not (tmp_path / name).exists()
+      locks[name].close()
+    for run in runs:
+      run.wait()
+  assert [run.returncode for run in runs] == [0, 0], [log.read_text() for log in logs]
+  lines = '\n'.join(log.read_text() for log in logs)
+  assert lines.count('training a tokenizer of 600 tokens') == 1
+  assert lines.count('9 of 9 files, ') == lines.count('store is up to date') == 1
+  assert (tmp_path / 'tokenizer.json').read_bytes() == (root / 'tokenizer.json').read_bytes()
+  assert _bytes(tmp_path / 'store') == _bytes(root / 'store')
+  assert not (tmp_path / 'store.partial').exists()
+
+
+def test_what_a_process_killed_at_the_very_end_left_is_removed(root, tmp_path):
+  shutil.copytree(root / 'store', tmp_path / 'store')
+  (tmp_path / 'store.partial').mkdir()
+  prepare.prepare(root / 'corpus', tmp_path / 'store', root / 'tokenizer.json', **SETTINGS)
+  assert not (tmp_path / 'store.partial').exists()
+  assert _bytes(tmp_path / 'store') == _bytes(root / 'store')
+
+
+def test_a_tokenizer_already_there_is_trained_again_unless_reuse_is_asked_for(root, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  train = lambda **reuse: prepare.train_tokenizer(root / 'corpus', path, vocab_size=300, **reuse).vocab_size
+  shutil.copy(root / 'tokenizer.json', path)
+  assert [train(reuse=True), train()] == [600, 300]
 
 
 def test_a_finished_store_is_left_as_it_is(root):

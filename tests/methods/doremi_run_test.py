@@ -196,8 +196,22 @@ def test_weights_too_small_for_the_sampler_are_refused_before_the_run(store):
   with pytest.raises(ValueError, match='smoothing 1e-06.*data.block = 4096'):
     doremi.stages(make_config(doremi__smoothing=1e-6, doremi__train_main=True), store)
   doremi.stages(make_config(doremi__smoothing=0.0), store)  # nothing is sampled by the result
-  with pytest.raises(ValueError, match='proxy_sampling.*unifrom'):
-    doremi.stages(make_config(doremi__proxy_sampling='unifrom'), store)
+
+
+@pytest.mark.parametrize('key', ['proxy_sampling', 'initial_weights'])
+def test_unknown_switches_are_refused_before_the_run(store, key):
+  with pytest.raises(ValueError, match=f"config.doremi.{key} is 'natural'; want one of .*uniform"):
+    doremi.stages(make_config(**{f'doremi__{key}': 'natural'}), store)
+
+
+@pytest.mark.parametrize('sampling', ['uniform', 'reference'])
+def test_initial_weights_are_uniform_or_those_of_the_sampling(store, sampling):
+  examples = store.sizes('train') / store.sizes('train').sum()
+  for initial in ('uniform', 'sampling'):
+    config = make_config(doremi__baseline='examples', doremi__proxy_sampling=sampling, doremi__initial_weights=initial)
+    [_, _, proxy] = doremi.stages(config, store)
+    want = examples if (sampling, initial) == ('reference', 'sampling') else np.full(3, 1 / 3)
+    np.testing.assert_allclose(np.exp(proxy.aux['log_alpha_M']), want, rtol=1e-6)
 
 
 def untimed(folder):

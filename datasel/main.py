@@ -176,9 +176,8 @@ def open_store(config: Any, directory: pathlib.Path) -> tuple[Any, dict | None]:
     return Store(pathlib.Path(config.data.store).absolute(), verify=config.data.verify), None
   corpus = demo.fetch(config.data.demo)
   tokenizer = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}.json'
-  if not tokenizer.exists():
-    logging.info('training a tokenizer of %d tokens', config.model.vocab_size)
-    prepare.train_tokenizer(corpus, tokenizer, vocab_size=config.model.vocab_size, max_bytes_per_domain=1_000_000)
+  prepare.train_tokenizer(corpus, tokenizer, vocab_size=config.model.vocab_size, max_bytes_per_domain=1_000_000,
+                          reuse=True)
   path = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}-{config.data.length}'
   store = prepare.prepare(corpus, path, tokenizer, length=config.data.length, holdout=0.05, workers=os.cpu_count() or 1)
   return store, workdir.read_json(corpus / 'sources.json')

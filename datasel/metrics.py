@@ -91,10 +91,11 @@ class Writer:
     if stage in self._boards:
       self._boards[stage].close()
     folder = self._path.parent / 'tensorboard' / stage  # of its own: a purge is of all tags in a folder
+    # TensorBoard takes the first start in a folder for no restart, so there has to be one from the outset.
+    purge_step = purge_step if folder.exists() else 0
     # The suffix: two writers of one second would have one file, and files are read in the order of their names.
     self._boards[stage] = tensorboardX.SummaryWriter(
-        str(folder), purge_step=purge_step if folder.exists() else None, flush_secs=10,
-        filename_suffix=f'.{time.time_ns()}')
+        str(folder), purge_step=purge_step, flush_secs=10, filename_suffix=f'.{time.time_ns()}')
     return self._boards[stage]
 
 

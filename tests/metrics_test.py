@@ -96,12 +96,16 @@ def test_a_stage_begun_again_from_nothing_shows_nothing_of_before_in_tensorboard
 
 
 def shown(folder):
-  """(step, tag, value) that TensorBoard shows: files in order of their names; a start hides steps from its own on."""
-  seen = []
+  """(step, tag, value) that TensorBoard shows: files in order of their names; a start hides steps from its own on.
+
+  Not the first start of a folder: that is no restart.
+  """
+  seen, started = [], False
   for path in sorted(folder.iterdir()):
     for event in events(path.read_bytes()):
       if event.session_log.status == event_pb2.SessionLog.START:
-        seen = [value for value in seen if value[0] < event.step]
+        seen = [value for value in seen if not started or value[0] < event.step]
+        started = True
       seen += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
   return seen
 

@@ -1,0 +1,73 @@
+"""The passes of flash attention in plain jax.numpy: O(L) memory on any backend, partitioned by XLA itself.
+
+The G query heads that share a key head are stacked into the rows of one tile, so keys are never repeated and each
+product is as large as the block allows.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from datasel.attention.tiles import VECTORS, Pass, Visible, pad_to
+
+BLOCK = 256  # positions of a tile
+
+
+def run(which: Pass, visible: Visible, operands: dict[str, jax.Array],
+        segment_BxL: jax.Array | None, *, interpret: bool = False) -> list[jax.Array]:
+  """One pass.  operands: B x L x (H or K) x Dh, or B x H x L for the vectors; gives its outputs, shaped alike."""
+  L, H = operands['q'].shape[1:3]
+  K, Dh = operands['k'].shape[2:]
+  block = min(BLOCK, -(-L // 8) * 8)
+  group = {'queries': H // K, 'keys': 1}
+  padded = L + -L % block
+
+  def tiles(name: str, side: str) -> jax.Array:
+    """N x B x K x (G block) x (Dh or 1): the tile is the leading axis, as loops want it."""
+    x, G = operands[name], group[side]
+    x = x[..., None] if name in VECTORS else x.transpose(0, 2, 1, 3)
+    x = pad_to(x, 2, block)
+    x = x.reshape(x.shape[0], K, G, padded // block, block, x.shape[-1])
+    return x.transpose(3, 0, 1, 2, 4, 5).reshape(padded // block, x.shape[0], K, G * block, x.shape[-1])
+
+  sides = {'queries': {name: tiles(name, 'queries') for name in which.queries},
+           'keys': {name: tiles(name, 'keys') for name in which.keys}}
+  B = operands['q'].shape[0]
+  segments = None
+  if segment_BxL is not None:
+    segments = pad_to(segment_BxL, 1, block).reshape(B, -1, block).swapaxes(0, 1)  # N x B x block
+  first, end = visible.ranges(which.owner, block, block, segment_BxL)
+  first, end = jnp.min(first, axis=0), jnp.max(end, axis=0)  # rows of a batch walk together
+  positions = jnp.arange(block, dtype=jnp.int32)
+
+  def seen(i, j):
+    """bool (B or 1) x 1 x (G block) x block for query tile i and key tile j."""
+    at = None if segments is None else (segments[i][:, :, None], segments[j][:, None, :])
+    mask = visible.tile((i * block + positions)[None, :, None], (j * block + positions)[None, None, :],
+                        *(at or (None, None)))
+    return jnp.tile(mask, (1, group['queries'], 1))[:, None]
+
+  over_heads = jax.vmap(which.step, in_axes=(0, 0, 0, None, None))
+  step = jax.vmap(over_heads, in_axes=(0, 0, 0, 0 if segments is not None else None, None))
+
+  def owned(n):
+    own = {name: x[n] for name, x in sides[which.owner].items()}
+
+    def body(m, carry):
+      other = {name: lax.dynamic_index_in_dim(x, m, 0, keepdims=False) for name, x in sides[which.walked].items()}
+      by_queries = which.owner == 'queries'
+      q, k, i, j = (own, other, n, m) if by_queries else (other, own, m, n)
+      mask = seen(i, j)[:, 0]
+      return step(carry, q, k, mask if segments is not None else mask[0], Dh**-0.5)
+
+    start = [jnp.broadcast_to(x, (B, K, *x.shape)) for x in which.start(group[which.owner] * block, Dh)]
+    return which.finish(lax.fori_loop(first[n], end[n], body, tuple(start)), own)
+
+  results = lax.map(owned, jnp.arange(padded // block))
+  outputs = []
+  for x, (_, like) in zip(results, which.outputs):
+    G = group[which.owner]
+    x = x.reshape(padded // block, B, K, G, block, x.shape[-1]).transpose(1, 2, 3, 0, 4, 5)
+    x = x.reshape(B, K * G, padded, -1)[:, :, :L]
+    outputs.append(x[..., 0] if like == 'lse' else x.transpose(0, 2, 1, 3).astype(operands[like].dtype))
+  return outputs

@@ -1,0 +1,42 @@
+"""cuDNN's fused attention: gradients only, on NVIDIA GPUs."""
+
+import jax
+import jax.numpy as jnp
+from jax._src.lib import cuda_versions
+
+
+def available() -> bool:
+  """Whether this process could call cuDNN: `jax.nn` asks its version when it is traced."""
+  return cuda_versions is not None
+
+
+def refusal(causal: bool, window: int | None, q_BxLxHxDh: jax.Array, segments: bool) -> str:
+  """Why it cannot, or nothing."""
+  Dh = q_BxLxHxDh.shape[-1]
+  if segments:
+    return 'document segments'
+  if q_BxLxHxDh.dtype not in (jnp.bfloat16, jnp.float16):
+    return f'{q_BxLxHxDh.dtype} inputs (only bfloat16 and float16)'
+  if Dh % 8 or Dh > 128:
+    return f'head dimension {Dh} (only multiples of 8 up to 128)'
+  if window is not None and not causal:
+    return 'a window that is not causal'
+  return ''
+
+
+def _attend(causal: bool, window: int | None, residual: bool):
+  return lambda q, k, v: jax.nn.dot_product_attention(
+    q, k, v, is_causal=causal, implementation='cudnn', return_residual=residual,
+    local_window_size=None if window is None else (window - 1, 0))
+
+
+def forward(causal: bool, window: int | None, x: dict[str, jax.Array], segment_BxL: None, *,
+            interpret: bool) -> list[jax.Array]:
+  o_BxLxHxDh, lse_BxLxH = _attend(causal, window, residual=True)(x['q'], x['k'], x['v'])
+  return [o_BxLxHxDh, lse_BxLxH.transpose(0, 2, 1).astype(jnp.float32)]
+
+
+def backward(causal: bool, window: int | None, x: dict[str, jax.Array], segment_BxL: None, *,
+             interpret: bool) -> list[jax.Array]:
+  _, pull = jax.vjp(_attend(causal, window, residual=False), x['q'], x['k'], x['v'])
+  return list(pull(x['do']))

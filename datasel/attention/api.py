@@ -48,14 +48,14 @@ def attention(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Arra
 def _layout() -> primitives.Layout | None:
   """How the kernels are spread over the mesh in use, if there is one that is not already manual (`shard_map`)."""
   active = sharding.active()
-  if active is None or active[0].size == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+  if active is None or jax.sharding.get_abstract_mesh().manual_axes:
     return None
   mesh, rules = active
   batch, _, heads, _ = sharding.spec(('batch', 'length', 'heads', 'head_dim'), rules)
   if rules['heads'] != rules['kv_heads']:
     raise ValueError(f"attention: the sharding rules put 'heads' on {rules['heads']!r} and 'kv_heads' on "
-                     f"{rules['kv_heads']!r}; a kernel needs each query head beside its key head: give both the same, or "
-                     "use implementation='blockwise'")
+                     f"{rules['kv_heads']!r}; a kernel needs each query head beside its key head: give both the same "
+                     "rule, or use implementation='blockwise'")
   return primitives.Layout(mesh, batch, heads)
 
 
@@ -66,7 +66,7 @@ def _check(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Array, 
                      'multiple of K')
   dtypes = [x.dtype for x in (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh)]
   if len(set(dtypes)) > 1 or not jnp.issubdtype(dtypes[0], jnp.floating):
-    raise ValueError(f'attention: q, k, v are {", ".join(map(str, dtypes))}; want one floating type, float32 or bfloat16')
+    raise ValueError(f'attention: q, k, v are {", ".join(map(str, dtypes))}; want one type, float32 or bfloat16')
   segment = mask.segment_BxL
   if segment is not None and (segment.shape != q[:2] or not jnp.issubdtype(segment.dtype, jnp.integer)):
     raise ValueError(f'attention: mask.segment_BxL is {segment.dtype} {segment.shape}, want int32 B x L = {q[:2]}')

@@ -3,6 +3,8 @@
 One program owns a tile and loops over the other side's tiles, read where they lie in B x L x H x Dh.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,7 +33,6 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
   width = max(16, pl.next_power_of_2(Dh))  # Triton's tiles have powers of two
   owned, walked, warps = _blocks(which, width, operands['q'].dtype)
   padded = L + -L % max(owned, walked)
-  at = {which.owner: owned, which.walked: walked}
 
   def prepare(name):
     x = operands[name]
@@ -94,8 +95,9 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
       ref[...] = x[:, 0] if like == 'lse' else x.astype(ref.dtype)
 
   inputs = [prepare(n) for n in names[which.owner]] + [prepare(n) for n in names[which.walked]]
-  shapes = [jax.ShapeDtypeStruct((B, H, padded), jnp.float32) if like == 'lse' else
-            jax.ShapeDtypeStruct((B, padded, operands[like].shape[2], width), operands[like].dtype)
+  shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(operands['q']).manual_axis_type)
+  shapes = [shape((B, H, padded), jnp.float32) if like == 'lse' else
+            shape((B, padded, operands[like].shape[2], width), operands[like].dtype)
             for _, like in which.outputs]
   by_row = pl.BlockSpec((None, first.shape[1]), lambda b, h, i: (b if first.shape[0] > 1 else 0, 0))
   results = pl.pallas_call(

@@ -34,7 +34,6 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
   tiles = padded // block
   first, end = visible.ranges(which.owner, block, block, segment_BxL)
   steps = visible.max_steps(block, block)
-  names = {'queries': which.queries, 'keys': which.keys}
   heads, turns = (H, 1) if which.owner == 'queries' else (K, G)
 
   def prepare(name):
@@ -111,8 +110,9 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
       for ref, x, (_, like) in zip(out_refs, which.finish(tuple(ref[...] for ref in sums), own), which.outputs):
         ref[...] = x.T if like == 'lse' else x.astype(ref.dtype)
 
-  shapes = [jax.ShapeDtypeStruct((B, H, tiles, 1, block), jnp.float32) if like == 'lse' else
-            jax.ShapeDtypeStruct((B, operands[like].shape[2], padded, Dh), operands[like].dtype)
+  shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(operands['q']).manual_axis_type)
+  shapes = [shape((B, H, tiles, 1, block), jnp.float32) if like == 'lse' else
+            shape((B, operands[like].shape[2], padded, Dh), operands[like].dtype)
             for _, like in which.outputs]
   results = pl.pallas_call(
     kernel, interpret=interpret, out_shape=shapes,

@@ -14,6 +14,7 @@ compiles for a CPU, a GPU or a TPU that this process does not have.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from datasel.attention import blockwise, cudnn, pallas_gpu, pallas_tpu, splash, tiles
 
@@ -165,18 +166,20 @@ def _primitive(which: Map) -> Primitive:
   def abstract(*avals, call):
     like = dict(zip(which.operands, avals))
     B, L, H, _ = like['q'].shape
-    vector = jax.core.ShapedArray((B, H, L), jnp.float32)
-    of = lambda a: jax.core.ShapedArray(a.shape, a.dtype)
-    return [vector if name == 'lse' else of(like[name]) for _, name in which.results]
+    # Under `shard_map` a type says over which axes values differ; `flash` makes all operands differ alike.
+    mesh = like['q'].sharding.mesh
+    of = lambda shape, dtype: like['q'].update(shape, dtype, weak_type=False, sharding=NamedSharding(
+      mesh, PartitionSpec(*(None,) * len(shape))))
+    return [of((B, H, L), jnp.float32) if name == 'lse' else of(like[name].shape, like[name].dtype)
+            for _, name in which.results]
 
   @primitive.def_impl
   def eager(*values, call):
     return jax.jit(functools.partial(primitive.bind, call=call))(*values)
 
   for platform in (None, 'cpu', 'cuda', 'tpu'):
-    lowering = mlir.lower_fun(functools.partial(_compute, which=which, platform=platform or 'any other'),
-                              multiple_results=True)
-    mlir.register_lowering(primitive, lowering, platform=platform)
+    compute = functools.partial(_compute, which=which, platform=platform or 'any other')
+    mlir.register_lowering(primitive, functools.partial(_lower, compute, platform), platform=platform)
 
   def batch(values, dims, *, call):
     # The new axis goes behind the batch axis, so that rows that lie on one device stay there.
@@ -188,6 +191,24 @@ def _primitive(which: Map) -> Primitive:
 
   batching.primitive_batchers[primitive] = batch
   return primitive
+
+
+# Pallas asks which chip it lowers for: this one, where neither the process nor a mesh has any (`jax.export`).
+_DEVICES = {'cuda': AbstractDevice('NVIDIA H200', 132, 'gpu'), 'tpu': AbstractDevice('TPU v5e', 1, 'tpu')}
+
+
+def _lower(compute: Callable, platform: str | None, ctx: mlir.LoweringRuleContext, *values, **params):
+  # What computes it is each device's own business: its types need not say over which axes they differ.
+  plain = lambda avals: [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
+  ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
+  lowering = functools.partial(mlir.lower_fun(compute, multiple_results=True), ctx, *values, **params)
+  device = _DEVICES.get(platform)
+  if platform == 'cuda':
+    warnings.filterwarnings('ignore', 'The Pallas Triton backend is deprecated')  # still the only one that fits here
+  if device is None or jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0].platform == device.platform:
+    return lowering()
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    return lowering()
 
 
 def _insert(shape: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -215,7 +236,7 @@ def _tangent_transpose(cotangents: Sequence[Any], q, k, v, o, lse, *linear_and_s
   linear, segment = linear_and_segment[:3], linear_and_segment[3:]
   do, dlse = cotangents
   if not isinstance(dlse, ad.Zero):
-    raise NotImplementedError('the gradient of attention\'s log-sum is not supported; only its output is differentiable')
+    raise NotImplementedError('attention has no gradient of its log-sum; only its output is differentiable')
   if isinstance(do, ad.Zero):
     gradients = [ad.Zero(x.aval.to_ct_aval()) if ad.is_undefined_primal(x) else None for x in linear]
   else:
@@ -251,5 +272,7 @@ ad.primitive_transposes[backward_tangent_p] = _refuse('reverse over reverse')
 def flash(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Array, segment_BxL: jax.Array | None,
           call: Call) -> jax.Array:
   """Attention's output, B x L x H x Dh."""
-  segment = () if segment_BxL is None else (segment_BxL,)
-  return forward_p.bind(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, *segment, call=call)[0]
+  operands = [x for x in (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_BxL) if x is not None]
+  varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+  alike = [jax.lax.pcast(x, tuple(varying - jax.typeof(x).manual_axis_type.varying), to='varying') for x in operands]
+  return forward_p.bind(*alike, call=call)[0]

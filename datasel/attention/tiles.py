@@ -1,4 +1,4 @@
-"""The arithmetic of flash attention on one tile of queries against one tile of keys, shared by every fast implementation.
+"""The arithmetic of flash attention: one tile of queries against one tile of keys, in every fast implementation.
 
 A `Pass` owns a tile of queries (or of keys), walks over the tiles of the other side, and carries float32 sums.  Six
 passes make four maps: forward, its tangent, backward, and the backward's tangent.  With P = softmax and its row
@@ -213,7 +213,7 @@ class Visible:
       lowest = lambda x: jnp.min(jnp.where(x > 0, x, jnp.iinfo(jnp.int32).max), axis=-1)
       highest = lambda x: jnp.max(x, axis=-1)
       own, other = of(owned), of(walked)
-      # Tiles before the first whose running maximum reaches our lowest segment hold smaller ones alone; likewise the end.
+      # Before the first tile whose running maximum reaches our lowest segment all are smaller; likewise the end.
       before = lax.cummax(highest(other), axis=1)[:, None, :] < lowest(own)[:, :, None]
       after = lax.cummin(lowest(other), axis=1, reverse=True)[:, None, :] > highest(own)[:, :, None]
       first = jnp.maximum(first, jnp.sum(before, axis=-1, dtype=jnp.int32))

@@ -1,4 +1,4 @@
-"""The reference attention against JAX's own, what rows with nothing to see give, and what is refused."""
+"""The reference against JAX's own attention, and what every implementation gives in the special cases."""
 
 import jax
 import jax.numpy as jnp
@@ -41,28 +41,36 @@ def test_equals_jax_attention_with_its_gradients(K, causal, window, segments):
     return seen * out, *pull(signal)
 
   ours, want = jax.jit(lambda *qkv: (
-    with_gradients(lambda q, k, v: attention(q, k, v, mask), *qkv),
+    with_gradients(lambda q, k, v: attention(q, k, v, mask, implementation='reference'), *qkv),
     with_gradients(lambda q, k, v: theirs(q, k, v, causal, window, segments), *qkv)))(*inputs(K))
   for name, a, b in zip(('out', 'dq', 'dk', 'dv'), ours, want):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6, err_msg=name)
 
 
-def test_a_window_of_one_shows_each_position_itself():
+EVERY = pytest.mark.parametrize('implementation', ['reference', 'blockwise', 'pallas_tpu', 'pallas_gpu', 'auto'])
+
+
+@EVERY
+def test_a_window_of_one_shows_each_position_itself(implementation):
   q, k, v = inputs(2)
-  np.testing.assert_allclose(attention(q, k, v, Mask(window=1)), jnp.repeat(v, 2, axis=2), rtol=1e-6)
+  seen = attention(q, k, v, Mask(window=1), implementation=implementation)
+  np.testing.assert_allclose(seen, jnp.repeat(v, 2, axis=2), rtol=1e-6)
 
 
-def test_queries_of_a_group_share_their_key_and_value():
+@EVERY
+def test_queries_of_a_group_share_their_key_and_value(implementation):
   """Head h reads key/value head h // (H / K)."""
   q, k, v = inputs(2)
-  np.testing.assert_allclose(attention(q, k, v), attention(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)),
+  run = lambda *qkv: attention(*qkv, implementation=implementation)
+  np.testing.assert_allclose(run(q, k, v), run(q, jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)),
                              rtol=1e-5, atol=1e-6)
 
 
-def test_rows_that_see_nothing_give_zeros_and_finite_gradients():
+@EVERY
+def test_rows_that_see_nothing_give_zeros_and_finite_gradients(implementation):
   segments = jnp.asarray(SEGMENTS).at[1].set(0)
   q, k, v = inputs(2)
-  run = lambda q, k, v: attention(q, k, v, Mask(segment_BxL=segments))
+  run = lambda q, k, v: attention(q, k, v, Mask(segment_BxL=segments), implementation=implementation)
   blind = np.asarray(segments == 0)
   out = np.asarray(run(q, k, v))
   assert not out[blind].any() and out[~blind].all()
@@ -72,9 +80,11 @@ def test_rows_that_see_nothing_give_zeros_and_finite_gradients():
     assert not np.asarray(gradient)[blind].any()
 
 
-def test_bfloat16_is_close_and_stays_bfloat16():
+@EVERY
+def test_bfloat16_is_close_and_stays_bfloat16(implementation):
   """Products round to 8 bits of mantissa: 2^-8 of the largest value, a few times over."""
-  fine, coarse = attention(*inputs(2)), attention(*inputs(2, jnp.bfloat16))
+  fine = attention(*inputs(2), implementation='reference')
+  coarse = attention(*inputs(2, jnp.bfloat16), implementation=implementation)
   assert coarse.dtype == jnp.bfloat16
   difference = np.abs(np.asarray(coarse, np.float32) - np.asarray(fine)).max() / np.abs(fine).max()
   assert 1e-4 < difference < 0.02
@@ -106,5 +116,5 @@ def test_shapes_that_do_not_fit_are_refused(change):
 
 
 def test_segments_of_another_shape_are_refused():
-  with pytest.raises(ValueError, match=r'segment_BxL has shape \(2, 9\), want B x L = \(2, 10\)'):
+  with pytest.raises(ValueError, match=r'segment_BxL is int32 \(2, 9\), want int32 B x L = \(2, 10\)'):
     attention(*inputs(2), Mask(segment_BxL=jnp.ones((B, L - 1), jnp.int32)))

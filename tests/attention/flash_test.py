@@ -1,0 +1,182 @@
+"""Flash attention against the reference: values, gradients, tangents and Hessian-vector products, over all shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from datasel.attention import Mask, attention
+from datasel.attention.shapes import CASES, Case
+
+# Of the largest value of the reference, float32.
+FORWARD, FIRST, SECOND = 2e-6, 2e-5, 1e-4
+OWN = ('blockwise', 'pallas_tpu', 'pallas_gpu')  # the kernels are interpreted here
+
+
+def everything(f, qkv, qkv_t, do):
+  """f's value and gradients, and how both change along qkv_t: the tangent of f, and the Hessian-vector product."""
+  def value_and_gradients(*qkv):
+    o, pull = jax.vjp(f, *qkv)
+    # A pull-back that depends on o, so that the second derivative meets every term.
+    return o, pull((do * (1 + o)).astype(o.dtype))
+  return jax.jvp(value_and_gradients, qkv, qkv_t)
+
+
+def inputs(case: Case, dtype='float32'):
+  return case.inputs(dtype, seed=0), case.inputs(dtype, seed=1), case.inputs(dtype, seed=2)[0]
+
+
+@functools.cache
+def reference(name: str):
+  return jax.jit(functools.partial(everything, functools.partial(
+    attention, mask=CASES[name].mask(), implementation='reference')))(*inputs(CASES[name]))
+
+
+def assert_close(ours, want, tolerance, name):
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(want))
+  for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    # A gradient may be exactly zero (a position that sees itself alone): then the others say what is large.
+    error = np.abs(one - other).max() / max(np.abs(other).max(), 1e-2 * largest)
+    assert error <= tolerance, f'{name}: {error:.2e} of the largest value, want {tolerance:.0e}'
+
+
+@pytest.mark.parametrize('implementation', OWN)
+@pytest.mark.parametrize('name', CASES)
+def test_value_gradient_tangent_and_hessian_product_equal_the_reference(name, implementation):
+  case = CASES[name]
+  f = functools.partial(attention, mask=case.mask(), implementation=implementation)
+  (o, gradients), (o_t, products) = jax.jit(functools.partial(everything, f))(*inputs(case))
+  (want_o, want_gradients), (want_o_t, want_products) = reference(name)
+  assert_close(o, want_o, FORWARD, 'value')
+  assert_close(gradients, want_gradients, FIRST, 'gradient')
+  assert_close(o_t, want_o_t, FIRST, 'tangent')
+  assert_close(products, want_products, SECOND, 'Hessian-vector product')
+
+
+@pytest.mark.parametrize('name', ['causal', 'packed', 'window', 'bidirectional', 'ragged'])
+def test_splash_equals_the_reference(name):
+  case = CASES[name]
+  qkv, _, do = inputs(case)
+
+  def value_and_gradients(*qkv):
+    o, pull = jax.vjp(functools.partial(attention, mask=case.mask(), implementation='splash'), *qkv)
+    return o, pull(do * (1 + o))
+
+  (o, gradients), (want_o, want_gradients) = jax.jit(value_and_gradients)(*qkv), reference(name)[0]
+  assert_close(o, want_o, FORWARD, 'value')
+  assert_close(gradients, want_gradients, FIRST, 'gradient')
+
+
+@pytest.mark.parametrize('implementation', OWN)
+def test_bfloat16_errs_no_more_than_the_reference_in_bfloat16(implementation):
+  """Against float32; a third more is allowed for another order of rounding."""
+  case = CASES['grouped']
+  want = reference('grouped')
+  coarse = [jax.tree.map(lambda x: x.astype(jnp.bfloat16), x) for x in inputs(case)]
+  run = lambda name: jax.jit(functools.partial(everything, functools.partial(attention, implementation=name)))(*coarse)
+  for ours, theirs, exact in zip(*map(jax.tree.leaves, (run(implementation), run('reference'), want)), strict=True):
+    assert ours.dtype == jnp.bfloat16
+    our_error, their_error = (np.linalg.norm(np.asarray(x, np.float32) - exact) for x in (ours, theirs))
+    assert our_error < 1.33 * their_error + 1e-3 * np.linalg.norm(exact)
+
+
+SMALL = Case('small', 2, 1, 8, (0, 0), (2, 24), documents='sorted')
+
+
+def small(implementation):
+  return functools.partial(attention, mask=SMALL.mask(), implementation=implementation)
+
+
+def in_layers(f):
+  """Three layers in a scan, each recomputed in the backward pass."""
+  def stacked(q, k, v):
+    layer = jax.checkpoint(lambda x, w: (x + f(x * w, k, v), None), prevent_cse=False)
+    return jax.lax.scan(layer, q, jnp.linspace(0.5, 1.5, 3))[0]
+  return stacked
+
+
+TRANSFORMED = {
+  'scan_and_remat': in_layers,
+  'jit_in_jit': lambda f: jax.jit(lambda *qkv: jax.jit(f)(*qkv)),
+  'scan_in_vmap': lambda f: lambda q, k, v: jax.vmap(in_layers(f), (0, None, None))(jnp.stack([q, 2 * q]), k, v),
+  'vmap_of_keys_in_the_middle': lambda f: lambda q, k, v: jax.vmap(f, (None, 2, None), 3)(
+    q, jnp.stack([k, 2 * k], 2), v),
+  'vmap_of_vmap': lambda f: lambda q, k, v: jax.vmap(jax.vmap(f, (0, None, None)), (None, 0, 0))(
+    jnp.stack([q, 2 * q]), jnp.stack([k, 2 * k]), jnp.stack([v, v, ])),
+}
+
+
+@pytest.mark.parametrize('implementation', OWN)
+@pytest.mark.parametrize('name', TRANSFORMED)
+def test_every_derivative_survives_transformations(name, implementation):
+  qkv, qkv_t, _ = inputs(SMALL)
+  run = lambda which: jax.jit(functools.partial(everything, TRANSFORMED[name](small(which))))(qkv, qkv_t, 0.5)
+  assert_close(run(implementation), run('reference'), SECOND, name)
+
+
+@pytest.mark.parametrize('implementation', OWN)
+def test_outside_jit(implementation):
+  qkv, qkv_t, do = inputs(SMALL)
+  assert_close(everything(small(implementation), qkv, qkv_t, do), everything(small('reference'), qkv, qkv_t, do),
+               SECOND, 'eager')
+
+
+@pytest.mark.parametrize('wanted', [(0,), (1,), (2,), (0, 2)])
+def test_gradients_of_some_operands(wanted):
+  qkv, _, do = inputs(SMALL)
+  gradient = lambda which: jax.grad(lambda *x: (small(which)(*x) * do).sum(), wanted)(*qkv)
+  assert_close(gradient('blockwise'), gradient('reference'), FIRST, str(wanted))
+
+
+def test_remat_by_name_keeps_the_forward_pass():
+  """With the output and its log-sums saved, the backward pass runs no forward kernel; with nothing saved, one."""
+  qkv, _, do = inputs(SMALL)
+
+  def forwards(policy):
+    f = jax.checkpoint(lambda *x: jnp.sin(small('blockwise')(*x)), policy=policy, prevent_cse=False)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *x: (f(*x) * do).sum(), (0, 1, 2)))(*qkv)
+    return str(jaxpr).count('flash_forward')
+
+  assert forwards(jax.checkpoint_policies.save_only_these_names('attention')) == 1
+  assert forwards(jax.checkpoint_policies.nothing_saveable) == 2
+
+
+def memory(implementation: str, length: int) -> float:
+  """Bytes of temporaries of one Hessian-vector product, as compiled."""
+  q, k, v = Case('', 2, 1, 32, (1, length), (1, length)).inputs()
+  f = functools.partial(attention, mask=Mask(), implementation=implementation)
+  gradient = jax.grad(lambda *x: jnp.square(f(*x)).sum(), (0, 1, 2))
+  product = jax.jit(lambda *x: jax.jvp(gradient, x, x)[1])
+  return product.lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_the_length_not_its_square():
+  short, long = memory('blockwise', 1024), memory('blockwise', 4096)
+  assert long < 4.5 * short
+  assert memory('reference', 4096) > 10 * long  # what the law is about
+
+
+@pytest.mark.parametrize(('implementation', 'segments', 'dtype', 'why'), [
+  ('cudnn', None, 'float32', 'float32'), ('cudnn', jnp.ones((2, 24), jnp.int32), 'bfloat16', 'document segments'),
+  ('cudnn', None, 'bfloat16', 'not on cpu'), ('flash', None, 'float32', 'unknown attention')])
+def test_what_an_implementation_cannot_do_names_one_that_can(implementation, segments, dtype, why):
+  with pytest.raises(ValueError, match=why) as e:
+    attention(*SMALL.inputs(dtype), Mask(segment_BxL=segments), implementation=implementation)
+  assert "'blockwise'" in str(e.value)
+
+
+def test_derivatives_that_flash_does_not_have_name_the_reference():
+  (q, k, v), (q_t, *_), _ = inputs(SMALL)
+  loss = lambda implementation: lambda q: jnp.square(small(implementation)(q, k, v)).sum()
+  forward_twice = lambda f: jax.jvp(lambda q: jax.jvp(f, (q,), (q_t,))[1], (q,), (q_t,))
+  reverse_twice = lambda f: jax.grad(lambda q: (jax.grad(f)(q) * q_t).sum())(q)
+  for derivative in (forward_twice, reverse_twice):
+    derivative(loss('reference'))
+    with pytest.raises(NotImplementedError, match="implementation='reference'"):
+      derivative(loss('blockwise'))
+  with pytest.raises(ValueError, match="'splash' has gradients only.*'auto', 'pallas' or 'blockwise'"):
+    jax.jvp(loss('splash'), (q,), (q_t,))
+

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASH = shutil.which('bash')
-SCRIPTS = [*sorted((ROOT / 'launch').glob('*.sh')), ROOT / '.ci/run']
+SCRIPTS = [*sorted((ROOT / 'launch').glob('*.sh')), ROOT / 'launch/slurm.sbatch', ROOT / '.ci/run']
 # Stands in for the environment's Python: notes its arguments, one a line and a blank line after each call.
 NOTES_CALLS = """#!/bin/sh
 printf '%s\\n' "$@" '' >> "$0.calls"

@@ -1,0 +1,45 @@
+"""What the notebooks show runs, in a fresh process, from any folder, and installs nothing where datasel is."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / 'notebooks').glob('*.ipynb'))
+# The cells are plain Python, so they need no Jupyter.  A traceback names the cell.
+RUNNER = '''
+import json, sys
+names = {'__name__': '__main__'}
+with open(sys.argv[1], encoding='utf-8') as f:
+  cells = json.load(f)['cells']
+for number, cell in enumerate(cells, 1):
+  if cell['cell_type'] == 'code':
+    exec(compile(''.join(cell['source']), f'{sys.argv[1]}, cell {number}', 'exec'), names)
+exec(sys.argv[2], names)
+'''
+OUTCOME = {
+  'tour': 'assert len(plt.get_fignums()) == 2 and tuned["noise"] < baseline["noise"] and len(tuned) == 3',
+  'your_own_model': 'assert metrics["loss"] < 3.5 and change * influence[n] < 0',
+}
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_runs(notebook, tmp_path):
+  environment = {'PATH': '/nowhere', 'PYTHONPATH': str(ROOT), 'HOME': str(tmp_path), 'TMPDIR': str(tmp_path),
+                 'MPLBACKEND': 'agg', 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  done = subprocess.run([sys.executable, '-W', 'error', '-c', RUNNER, str(notebook), OUTCOME[notebook.stem]],
+                        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_outputs(notebook):
+  content = json.loads(notebook.read_text(encoding='utf-8'))
+  assert (content['nbformat'], content['nbformat_minor']) == (4, 5)
+  assert len({cell['id'] for cell in content['cells']}) == len(content['cells'])
+  for cell in content['cells']:
+    assert cell['cell_type'] == 'markdown' or (cell['outputs'], cell['execution_count']) == ([], None)
+  assert f'/blob/main/notebooks/{notebook.name}' in ''.join(content['cells'][0]['source'])  # the badge is its own

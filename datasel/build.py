@@ -18,7 +18,7 @@ import optax
 
 from datasel import config as config_lib
 from datasel import evaluate as evaluate_lib
-from datasel import hardware, objectives, optim, sharding, train, workdir
+from datasel import hardware, objectives, optim, processes, sharding, train, workdir
 from datasel import metrics as metrics_lib
 from datasel.checkpoint import Checkpoints
 from datasel.data import mixture as mixture_lib
@@ -66,6 +66,11 @@ class Stage:
   splits_inside: bool = False  # the objective makes the micro-batches itself: it needs the whole batch first
 
   @property
+  def program_key(self) -> tuple:
+    """Stages of one key are one compiled program."""
+    return (self.model, self.batch_size, self.microbatches, self.extra_columns, self.objective is None)
+
+  @property
   def flops(self) -> float:
     return self.other_flops + stage_flops(self.model, self.length, self.batch_size, self.steps)
 
@@ -92,8 +97,12 @@ def optimizer(section: ml_collections.ConfigDict, total_steps: int) -> optax.Gra
   return transforms[section.name]()
 
 
-def mesh(section: ml_collections.ConfigDict) -> jax.sharding.Mesh:
-  return sharding.make_mesh(section.data, section.fsdp, section.tensor)
+def mesh(section: ml_collections.ConfigDict, devices: list | None = None) -> jax.sharding.Mesh:
+  return sharding.make_mesh(section.data, section.fsdp, section.tensor, devices=devices)
+
+
+def rules(config: ml_collections.ConfigDict) -> sharding.Rules:
+  return sharding.rules_from(config.sharding.to_dict())
 
 
 def check_store(store: Store, config: ml_collections.ConfigDict, models: dict[str, Mistral]) -> None:
@@ -139,22 +148,17 @@ def check_stages(stages: list[Stage], config: ml_collections.ConfigDict, mesh: j
                  directory: pathlib.Path) -> None:
   """Refuses what some stage of the run would stumble over, before the first one computes anything: a batch that does
   not fit the mesh, a state that does not fit the memory, a starting point of another shape, too small a disk."""
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
   kept_bytes, largest = 0.0, 0.0
   for stage in stages:
-    if stage.batch_size % (shards * stage.microbatches):
-      raise ValueError(f'{stage.name}: a batch of {stage.batch_size} is not a multiple of data x fsdp x microbatches = '
-                       f'{shards * stage.microbatches}; change the batch size or the mesh')
+    check_split(stage, config, mesh)
     if is_finished(directory / stage.name):
       continue
     kept_bytes += stage.other_bytes
     if stage.objective is None:
       continue
     state = stage_program(stage, config, mesh).abstract_state
-    on_device = lambda tree: sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
-                                 for a in jax.tree.leaves(tree))
     # The state and its gradients: what no recomputation can save.
-    needed, available = on_device(state) + on_device(state.params), device_memory()
+    needed, available = bytes_on_device(state) + bytes_on_device(state.params), device_memory()
     if needed > available:
       raise ValueError(f'{stage.name}: {stage.model.n_params:,} parameters need {needed / 2**30:.1f} GiB on each of '
                        f'{mesh.size} devices for their state, but a device has {available / 2**30:.1f} GiB; take more '
@@ -170,6 +174,14 @@ def check_stages(stages: list[Stage], config: ml_collections.ConfigDict, mesh: j
   if needed > free:
     raise OSError(f'the checkpoints of this run need {needed / 2**30:.2f} GiB more in {directory}, but the disk has '
                   f'{free / 2**30:.2f} GiB free; free some space or choose another workdir')
+
+
+def check_split(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Refuses a mesh that does not divide the batch."""
+  parts = sharding.batch_shards(mesh, rules(config)) * stage.microbatches
+  if stage.batch_size % parts:
+    raise ValueError(f'{stage.name}: a batch of {stage.batch_size} is not a multiple of batch shards x '
+                     f'microbatches = {parts}; change the batch size or the mesh')
 
 
 def is_finished(folder: pathlib.Path) -> bool:
@@ -203,16 +215,33 @@ def device_memory() -> float:
   return device.memory_stats()['bytes_limit']
 
 
-def compiled_memory(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> int:
-  """Bytes per device of a stage's compiled step: state, batch and temporaries."""
-  program = stage_program(stage, config, mesh)
-  rows = sharding.batch_sharding(mesh)
+def call(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
+  """(a stage's jitted program, the shapes and shardings of what it is called with): of (state, batch) its train step,
+  or of (params, batch) the pass of a stage that trains nothing."""
+  rows = sharding.batch_sharding(mesh, rules(config))
   array = lambda dtype, *shape: jax.ShapeDtypeStruct((stage.batch_size, *shape), dtype, sharding=rows)
   batch = {name: array(np.int32, stage.length) for name in ('tokens_BxL', 'targets_BxL', 'segment_BxL', 'position_BxL')}
   batch |= {name: array(np.float32, stage.length) for name in ('loss_mask_BxL', *stage.extra_columns)}
-  memory = program.step.lower(program.abstract_state, batch | {'domain_B': array(np.int32)}).compile().memory_analysis()
+  batch['domain_B'] = array(np.int32)
+  if stage.objective is not None:
+    program = stage_program(stage, config, mesh)
+    return program.step, (program.abstract_state, batch)
+  params = stage.model.abstract()
+  places = sharding.tree_shardings(mesh, params, stage.model.logical_axes(), rules(config))
+  params = jax.tree.map(lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), params, places)
+  token_nll = objectives.in_microbatches(stage.model.token_nll, stage.microbatches)
+  return evaluate_lib.scorer(token_nll, mesh, rules(config)), (params, batch)
+
+
+def bytes_on_device(tree: Any) -> int:
+  """Of one device, for arrays or ShapeDtypeStructs with shardings."""
+  return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def compiled_bytes(memory: Any) -> int:
+  """What a compiled program (`compiled.memory_analysis()`) needs of a device while it runs, its arguments included."""
   return (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-          - memory.alias_size_in_bytes)
+          - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes)
 
 
 def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> str:
@@ -222,14 +251,15 @@ def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: 
   for stage in stages:
     used = ''
     if stage.objective is not None:
-      kind = (stage.model, stage.batch_size, stage.microbatches, stage.extra_columns)
-      if kind not in seen:
-        seen[kind] = compiled_memory(stage, config, mesh)
-      if seen[kind] > device_memory():
-        raise ValueError(f'{stage.name}: its compiled step needs {seen[kind] / 2**30:.1f} GiB on a device of '
+      if stage.program_key not in seen:
+        program, arguments = call(stage, config, mesh)
+        seen[stage.program_key] = compiled_bytes(program.lower(*arguments).compile().memory_analysis())
+      needed = seen[stage.program_key]
+      if needed > device_memory():
+        raise ValueError(f'{stage.name}: its compiled step needs {needed / 2**30:.1f} GiB on a device of '
                          f'{device_memory() / 2**30:.1f} GiB; raise microbatches, shard further, or take a smaller '
                          'model')
-      used = f'{seen[kind] / 2**30:.2f}'
+      used = f'{needed / 2**30:.2f}'
     tokens = stage.steps * stage.batch_size * stage.length
     lines.append(f'{stage.name:24s} {stage.model.n_params:14,} {stage.steps:8,} {tokens:10.3g} {stage.flops:9.2e} '
                  f'{used:>10s}')
@@ -239,7 +269,7 @@ def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: 
 def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> train.Program:
   model = stage.model
   return train.program(model.init, model.logical_axes(), objective=stage.objective, mesh=mesh, aux=stage.aux,
-                       tx=optimizer(config.optimizer, stage.steps),
+                       rules=rules(config), tx=optimizer(config.optimizer, stage.steps),
                        microbatches=1 if stage.splits_inside else stage.microbatches)
 
 
@@ -255,13 +285,13 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
   logging.info('stage %s: %s parameters, %d steps of %d x %d tokens', stage.name, f'{model.n_params:,}', stage.steps,
                batch_size, stage.length)
   program = stage_program(stage, config, run.mesh)
-  rows = sampler_lib.process_rows(sharding.batch_sharding(run.mesh), batch_size)
+  rows = sampler_lib.process_rows(sharding.batch_sharding(run.mesh, program.rules), batch_size)
   sampler = sampler_lib.Sampler(run.store, 'train', weights_M, batch_size, seed=seed_for(config, role),
                                 block=config.data.block, rows=rows)
   batches = sampler_lib.batches(sampler if add_columns is None else sampler.map(add_columns), config.data.prefetch)
   evaluate = evaluate_lib.evaluator(
     objectives.in_microbatches(model.token_nll, stage.microbatches), run.store, run.mesh, batch_size=batch_size,
-    max_sequences=config.train.eval_sequences)
+    max_sequences=config.train.eval_sequences, rules=program.rules)
   rates = np.asarray(jax.vmap(learning_rate(config.optimizer, stage.steps))(np.arange(stage.steps)))
   directory = run.directory / stage.name
   identity = {
@@ -269,7 +299,8 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
     'n_params': model.n_params, 'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
     'weights': dict(zip(run.store.domains, map(float, weights_M))),
     'epochs': dict(zip(run.store.domains, map(float, sampler.epochs(stage.steps * batch_size))))}
-  workdir.write_json(directory / 'stage.json', identity | {'finished': is_finished(directory)})
+  if processes.lead():
+    workdir.write_json(directory / 'stage.json', identity | {'finished': is_finished(directory)})
 
   def starting_params():
     with Checkpoints(pathlib.Path(stage.init_from), keep=2) as other:
@@ -286,7 +317,8 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
       initial_params=starting_params if stage.init_from else None,
       describe=lambda step, values: describe(values) | {'learning_rate': rates[step - 1]},
       profile_steps=config.profile_steps, profile_directory=run.directory / 'profile')
-  workdir.write_json(directory / 'stage.json', identity | {'finished': True})
+  if processes.lead():
+    workdir.write_json(directory / 'stage.json', identity | {'finished': True})
   return state
 
 

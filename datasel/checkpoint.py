@@ -20,11 +20,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from datasel import workdir
+from datasel import processes, workdir
 from datasel.step import State
 
 
@@ -66,7 +64,10 @@ class Checkpoints:
     self._finisher.start()
 
   def wait(self) -> None:
-    """Blocks until the last save is on disk and proven; raises what went wrong with it."""
+    """Blocks until the last save is on disk and proven, on every process; raises what went wrong with it."""
+    processes.together('saving a checkpoint', self._wait)
+
+  def _wait(self) -> None:
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
@@ -80,12 +81,7 @@ class Checkpoints:
     abstract_state: ShapeDtypeStructs with shardings; the checkpoint may come from another mesh.
     Raises ValueError naming the arrays whose shape or dtype is another.
     """
-    step = None
-    if jax.process_index() == 0:
-      step = self._newest_whole(set_aside=True)
-    if jax.process_count() > 1:  # one process judges the files, all take its word
-      step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-      step = None if step < 0 else step
+    step = processes.from_lead('judging the checkpoints', lambda: self._newest_whole(set_aside=True))
     self._manager.reload()
     if step is None:
       return None
@@ -98,7 +94,7 @@ class Checkpoints:
   def restore_params(self, abstract_params: Any) -> Any:
     """The parameters alone of the newest whole step, to start another run from.  Changes nothing in the directory,
     which may be another run's, even one still running."""
-    step = self._newest_whole(set_aside=False)
+    step = processes.from_lead('judging the checkpoints', lambda: self._newest_whole(set_aside=False))
     if step is None:
       raise FileNotFoundError(f'no whole checkpoint in {self._steps}: nothing to start from')
     self._check_arrays(step, _arrays(State(None, abstract_params, None)), prefix='.params')
@@ -107,7 +103,7 @@ class Checkpoints:
 
   def close(self) -> None:
     try:
-      self.wait()
+      self._wait()  # alone: after an error of this process, the others are elsewhere
     finally:
       if '_manager' in vars(self):
         with contextlib.suppress(ValueError, OSError):  # orbax raises once more what `wait` raised
@@ -123,7 +119,7 @@ class Checkpoints:
     try:
       with _disk_full_is_an_os_error():
         self._manager.wait_until_finished()
-      if jax.process_index() == 0:
+      if processes.lead():
         files = _file_digests(self._steps / str(step))
         workdir.write_json(self._digests / f'{step}.json', {'files': files, 'arrays': arrays})
         kept = {str(s) for s in self._manager.all_steps()}

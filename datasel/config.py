@@ -12,6 +12,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from datasel import sharding
 from datasel.models.mistral import Mistral
 from datasel.models.presets import PRESETS
 
@@ -61,6 +62,9 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.mesh.data = -1  # -1: whatever devices the others leave
   config.mesh.fsdp = 1
   config.mesh.tensor = 1
+
+  # Which mesh axes split each logical axis of parameters and activations, joined by commas; '': not split.
+  config.sharding = ml_collections.ConfigDict(sharding.rules_table())
 
   config.tracking = ml_collections.ConfigDict()
   config.tracking.tensorboard = True
@@ -136,7 +140,7 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
   return config.lock()
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None:
   """Refuses what no run can use, before anything is computed: NaN, infinity, sizes below 1, no data."""
   flat = flatten(config)
   for path, value in flat.items():
@@ -150,7 +154,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for path, smallest in least.items():
     if flat[path] < smallest:
       raise ValueError(f'config.{path} is {flat[path]}; want at least {smallest}')
-  if not config.data.store and not config.data.demo:
+  if needs_data and not config.data.store and not config.data.demo:
     raise ValueError('the run has no data: want --config.data.store=DIR, made by `python -m datasel.prepare`, or '
                      '--config.data.demo=lean')
   for name in ('train', 'doremi'):
@@ -166,6 +170,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   for path in ('optimizer.b1', 'optimizer.b2'):
     if not 0 <= flat[path] < 1:
       raise ValueError(f'config.{path} is {flat[path]}; want at least 0 and below 1')
+  sharding.rules_from(config.sharding.to_dict())
   if config.data.verify not in ('full', 'size'):
     raise ValueError(f"config.data.verify is {config.data.verify!r}; want 'full' or 'size'")
 

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 
 from datasel import sharding
+from datasel.batch import Batch
 from datasel.data import sampler
 from datasel.data.store import Store
 from datasel.objectives import TokenNLL, domain_sums
 
 
 def evaluator(token_nll: TokenNLL, store: Store, mesh: jax.sharding.Mesh, *, batch_size: int, max_sequences: int,
-              split: str = 'validation') -> Callable[[Any], dict]:
+              split: str = 'validation', rules: sharding.Rules = sharding.RULES) -> Callable[[Any], dict]:
   """evaluate(params) -> {'nll': {domain: nats/token}, 'bits_per_byte': {domain: ...}, 'uniform_nll', 'worst_nll'}.
 
   Reads `max_sequences` sequences of every domain, spread evenly over its split (0: all of them), the same ones each
@@ -26,10 +27,10 @@ def evaluator(token_nll: TokenNLL, store: Store, mesh: jax.sharding.Mesh, *, bat
   domain_N = np.repeat(np.arange(len(sizes_M), dtype=np.int32), wanted_M)
   record_N = np.concatenate([np.arange(n, dtype=np.int64) * size // n for n, size in zip(wanted_M, sizes_M)])
   bytes_per_target = {name: c['bytes'] / c['targets'] for name, c in store.counts(split).items()}
-  first, last = sampler.process_rows(sharding.batch_sharding(mesh), batch_size)
+  rows = sampler.process_rows(sharding.batch_sharding(mesh, rules), batch_size)
 
   def sums(params, batch):
-    with sharding.use(mesh):
+    with sharding.use(mesh, rules):
       return domain_sums(token_nll(params, batch), batch['loss_mask_BxL'], batch['domain_B'], len(sizes_M))
 
   sums = jax.jit(sums, out_shardings=sharding.replicated(mesh))
@@ -37,12 +38,12 @@ def evaluator(token_nll: TokenNLL, store: Store, mesh: jax.sharding.Mesh, *, bat
   def evaluate(params):
     total_M, count_M = np.zeros(len(sizes_M)), np.zeros(len(sizes_M))
     for start in range(0, len(domain_N), batch_size):
-      index_B = np.arange(start + first, start + last)
+      index_B = start + rows
       real_B = index_B < len(domain_N)
       index_B = np.where(real_B, index_B, 0)
       batch = store.read(split, domain_N[index_B], record_N[index_B])
       batch['loss_mask_BxL'] = batch['loss_mask_BxL'] * real_B[:, None].astype(np.float32)
-      batch_total_M, batch_count_M = jax.device_get(sums(params, sharding.put(mesh, batch)))
+      batch_total_M, batch_count_M = jax.device_get(sums(params, sharding.put(mesh, batch, rules)))
       total_M, count_M = total_M + batch_total_M, count_M + batch_count_M
     nll = {name: float(t / c) for name, t, c in zip(store.domains, total_M, count_M)}
     if not all(map(math.isfinite, nll.values())):
@@ -55,6 +56,17 @@ def evaluator(token_nll: TokenNLL, store: Store, mesh: jax.sharding.Mesh, *, bat
     }
 
   return evaluate
+
+
+def scorer(token_nll: TokenNLL, mesh: jax.sharding.Mesh,
+           rules: sharding.Rules = sharding.RULES) -> Callable[[Any, Batch], jax.Array]:
+  """(params, batch) -> float32 B x L nats per token, jitted; the result is whole on every device."""
+
+  def whole(params, batch):
+    with sharding.use(mesh, rules):
+      return token_nll(params, batch)
+
+  return jax.jit(whole, out_shardings=sharding.replicated(mesh))
 
 
 def compare(candidate: list[dict], baseline: list[dict]) -> dict:

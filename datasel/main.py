@@ -1,6 +1,8 @@
 """`python -m datasel.main --config=configs/METHOD/NAME.py --workdir=DIR [--config.KEY=VALUE ...]`
 
 Runs the config's method in DIR, or finishes it: the same command goes on where an interrupted run stopped.
+
+With --distributed the same command, on every process of a pod or of several hosts, makes one run in a DIR they share.
 """
 
 import contextlib
@@ -13,21 +15,23 @@ import os
 import pathlib
 import platform
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import ml_collections
 from absl import flags
-from ml_collections import config_flags
 
-from datasel import workdir
+from datasel import command_line, workdir
 
 # jax is imported by the functions that need it: the worker processes that prepare text import this file too.
 
-# What may differ when a run is continued: how it is watched, not what it computes.  A store may have moved; its digest
-# says that it is the same.
-_MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'train.keep_checkpoints')
+# What may differ when a run is continued: how it is watched, and on which devices it is computed (the same examples in
+# the same order, sums in another one).  A store may have moved; its digest says that it is the same.
+_MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'train.keep_checkpoints',
+               'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches')
+_SHARED_SECONDS = 30  # until a file of one host is seen by another on any shared disk
 _INTERRUPTED = 128 + 15  # the exit status that schedulers know as SIGTERM
 
 
@@ -40,14 +44,13 @@ def methods() -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
   """The command line; returns the exit status."""
-  logging.basicConfig(level=logging.INFO, format='%(asctime)s  %(message)s', datefmt='%H:%M:%S', stream=sys.stderr,
-                      force=True)
+  _log(logging.INFO)
   for noisy in ('httpx', 'jax', 'orbax'):
     logging.getLogger(noisy).setLevel(logging.WARNING)
   # Through it orbax logs the stack of a failed save four times before raising it.
   logging.getLogger('absl').setLevel(logging.CRITICAL)
   try:
-    options = parse(argv)
+    options = command_line.parse(argv)
   except (ValueError, OSError, flags.Error) as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
@@ -55,6 +58,28 @@ def main(argv: list[str]) -> int:
     from datasel import config as config_lib
     print(json.dumps(config_lib.flatten(options.config), indent=2))
     return 0
+  if not options.distributed:
+    return _run(options, argv)
+  from datasel import processes
+  try:
+    processes.join()
+  except (ValueError, RuntimeError) as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  if not processes.lead():
+    _log(logging.WARNING, f'process {processes.index()}: ')
+  status = _run(options, argv)
+  processes.leave()
+  return status
+
+
+def _log(level: int, prefix: str = '') -> None:
+  logging.basicConfig(level=level, format=f'%(asctime)s  {prefix}%(message)s', datefmt='%H:%M:%S', stream=sys.stderr,
+                      force=True)
+
+
+def _run(options: flags.FlagValues, argv: list[str]) -> int:
+  """Launches; returns the exit status, with a message where it is an error."""
   directory = pathlib.Path(options.workdir).absolute()
   try:
     return launch(options, directory, argv)
@@ -62,7 +87,11 @@ def main(argv: list[str]) -> int:
     logging.warning('interrupted; the same command continues it')
     return _INTERRUPTED
   except Exception as e:
+    from datasel.processes import PeerFailed
     from datasel.train import Interrupted
+    if isinstance(e, PeerFailed):  # it says all there is to say
+      print(f'\nerror: {e}', file=sys.stderr)
+      return 1
     if isinstance(e, Interrupted):
       logging.warning('%s; the same command continues it', e)
       return _INTERRUPTED
@@ -71,116 +100,95 @@ def main(argv: list[str]) -> int:
     return 1
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-  """Flags; ValueError for a key that the config does not have, naming the nearest."""
-  from datasel import config as config_lib
-  is_override = lambda a: a.startswith(('--config.', '-config.'))
-  plain = _load_config([a for a in argv if not is_override(a)])
-  config_lib.check_overrides(plain.config, argv)
-  options = _flags(argv)
-  try:
-    config_lib.check(options.config)
-  except KeyError as e:
-    raise ValueError(f'--config: the config has no key {e}; begin it with datasel.config.base') from e
-  if not (options.workdir or options.print_config):
-    raise ValueError('--workdir is missing: the folder of the run, made if absent')
-  return options
-
-
-def _load_config(argv: list[str]) -> flags.FlagValues:
-  """Flags without overrides.  A config file is code: whatever comes out of it is reported with its name."""
-  files = [a.split('=', 1)[1].rsplit(':', 1)[0] for a in argv if a.startswith(('--config=', '-config='))]
-  if not files:
-    raise ValueError('--config is missing: --config=configs/doremi/demo.py, for one')
-  file = files[-1]
-  if not pathlib.Path(file).is_file():
-    raise ValueError(f'--config: no file {file} (looked from {pathlib.Path.cwd()})')
-  try:
-    options = _flags(argv)
-  except flags.IllegalFlagValueError as e:  # holds the stack of a ValueError; its last line says what is wrong
-    raise ValueError(f'--config={file}: {str(e).strip().splitlines()[-1]}') from e
-  except (flags.Error, ValueError):
-    raise
-  except Exception as e:
-    raise ValueError(f'--config={file}: {type(e).__name__}: {e}') from e
-  if not isinstance(options.config, ml_collections.ConfigDict):
-    raise ValueError(f'--config={file}: get_config() gave {type(options.config).__name__}; want a ConfigDict made with '
-                     'datasel.config.base')
-  return options
-
-
-def _flags(argv: list[str]) -> flags.FlagValues:
-  values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', None, 'Config file, as FILE.py or FILE.py:smoke.', flag_values=values,
-                                  sys_argv=argv)
-  flags.DEFINE_string('workdir', None, 'Folder of the run, made if absent.', flag_values=values)
-  flags.DEFINE_bool('print_config', False, 'Print the resolved config as JSON and stop.', flag_values=values)
-  flags.DEFINE_bool('dry_run', False, 'Check paths, digests, shapes, disk and memory, and stop.', flag_values=values)
-  rest = values(['datasel.main', *argv])
-  if len(rest) > 1:
-    raise ValueError(f'arguments {rest[1:]} are not flags; want --config=FILE --workdir=DIR --config.KEY=VALUE')
-  return values
-
-
 def launch(options: flags.FlagValues, directory: pathlib.Path, argv: list[str]) -> int:
+  """Checks everything that can be checked, then runs or finishes the run."""
+  import jax
+
   from datasel import config as config_lib
+  from datasel import processes
   config = options.config
   method = methods().get(config.method)
   if method is None:
     raise ValueError(f'config.method is {config.method!r}; known: {sorted(methods())}')
-  with _only_one(directory):
-    import jax
+  flat = config_lib.flatten(config)
+  with contextlib.ExitStack() as lock:
+    token = processes.from_lead('taking the workdir', lambda: lock.enter_context(_only_one(directory)))
+    processes.together('looking for the workdir', lambda: _check_shared(directory, token))
+    processes.agree('config', flat)
     if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR may name one for many runs
       # The two main models are one program, and so is a run before and after an interruption.
       jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
-    _check_same_config(config_lib.flatten(config), directory)
+    processes.from_lead('reading the config of the run', lambda: _check_same_config(flat, directory))
     store, sources = open_store(config, directory)
-    _check(method, config, store, directory, dry_run=options.dry_run)
+    table = processes.together('checking the run', lambda: _check(method, config, store, directory, options.dry_run))
     if options.dry_run:
-      print('dry run: everything checked, nothing trained')
+      if processes.lead():
+        print(f'{table}\ndry run: everything checked, nothing trained')
       return 0
-    # From here on this is a run: config.json, written last, says so.
-    workdir.write_json(directory / 'data.json', _data(store, sources))
-    workdir.write_json(directory / 'environment.json', environment(argv))
-    workdir.write_json(directory / 'config.json', config_lib.flatten(config))
+    processes.from_lead('recording the run', lambda: _record(flat, directory, argv, store, sources))
     try:
       summary = method.run(config, directory, store)
     except Exception:
-      if not (directory / 'metrics.jsonl').exists():  # refused before anything was computed: mended, it may begin again
+      # Refused before anything was computed: mended, it may begin again.
+      if processes.lead() and not (directory / 'metrics.jsonl').exists():
         (directory / 'config.json').unlink()
       raise
-  _announce(summary, directory)
+  if processes.lead():
+    _announce(summary, directory)
   return 0
 
 
 def open_store(config: Any, directory: pathlib.Path) -> tuple[Any, dict | None]:
-  """The run's token store, and the sources of a demo corpus; that is fetched and prepared first.
+  """The run's token store, and the sources of a demo corpus; that is fetched and prepared first, by one process."""
+  from datasel import processes
+  from datasel.data.store import Store
+  path, sources, verify = processes.from_lead('preparing the token store', lambda: _find_store(config, directory))
 
-  A run keeps the store it began with, also where a demo corpus would come out otherwise today.
-  """
+  def opened() -> Store:
+    if not processes.lead() and not pathlib.Path(path).is_dir():
+      raise ValueError(f'the token store {path} is not on this host: choose a disk that all hosts share '
+                       '(DATASEL_CACHE for a demo corpus, --config.data.store for your own)')
+    # One process proves what all of them read; what is damaged in a host's own copy is found when it is read.
+    return Store(pathlib.Path(path), verify=verify if processes.lead() else 'size')
+
+  store = processes.together('opening the token store', opened)
+  processes.agree('token store', {'digest': store.digest})
+  return store, sources
+
+
+def _find_store(config: Any, directory: pathlib.Path) -> tuple[str, dict | None, str]:
+  """(path, sources, how to verify).  A run keeps the store it began with, also where a demo corpus would come out
+  otherwise today."""
   from datasel import prepare
   from datasel.data import demo
-  from datasel.data.store import Store
+  from datasel.data.store import read_manifest
   if (directory / 'config.json').exists():
     began_with = workdir.read_json(directory / 'data.json')
     path = pathlib.Path(config.data.store or began_with['store']).absolute()
     if not path.is_dir():
       raise ValueError(f'the token store of this run is no longer in {path}; move it back, or name its new place with '
                        '--config.data.store')
-    store = Store(path, verify=config.data.verify)
-    if store.digest != began_with['digest']:
-      raise ValueError(f'{store.path} (digest {store.digest[:12]}) is not the store that this run began with (digest '
+    digest = read_manifest(path)['digest']
+    if digest != began_with['digest']:
+      raise ValueError(f'{path} (digest {digest[:12]}) is not the store that this run began with (digest '
                        f'{began_with["digest"][:12]}); restore it, or take another workdir')
-    return store, began_with['sources']
+    return str(path), began_with['sources'], config.data.verify
   if config.data.store:
-    return Store(pathlib.Path(config.data.store).absolute(), verify=config.data.verify), None
+    return str(pathlib.Path(config.data.store).absolute()), None, config.data.verify
   corpus = demo.fetch(config.data.demo)
   tokenizer = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}.json'
   prepare.train_tokenizer(corpus, tokenizer, vocab_size=config.model.vocab_size, max_bytes_per_domain=1_000_000,
                           reuse=True)
   path = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}-{config.data.length}'
-  store = prepare.prepare(corpus, path, tokenizer, length=config.data.length, holdout=0.05, workers=os.cpu_count() or 1)
-  return store, workdir.read_json(corpus / 'sources.json')
+  prepare.prepare(corpus, path, tokenizer, length=config.data.length, holdout=0.05, workers=os.cpu_count() or 1)
+  return str(path), workdir.read_json(corpus / 'sources.json'), 'size'
+
+
+def _record(flat: dict, directory: pathlib.Path, argv: list[str], store: Any, sources: dict | None) -> None:
+  """From here on this is a run: config.json, written last, says so."""
+  workdir.write_json(directory / 'data.json', _data(store, sources))
+  workdir.write_json(directory / 'environment.json', environment(argv))
+  workdir.write_json(directory / 'config.json', flat)
 
 
 def _data(store: Any, sources: dict | None) -> dict:
@@ -191,15 +199,14 @@ def _data(store: Any, sources: dict | None) -> dict:
           'sources': sources}
 
 
-def _check(method: Any, config: Any, store: Any, directory: pathlib.Path, *, dry_run: bool) -> None:
-  """Everything that can be known to fail, before anything is computed."""
+def _check(method: Any, config: Any, store: Any, directory: pathlib.Path, dry_run: bool) -> str:
+  """Everything that can be known to fail, before anything is computed; the table of a dry run."""
   from datasel import build
   stages = method.stages(config, store)
   mesh = build.mesh(config.mesh)
   build.check_store(store, config, {stage.name: stage.model for stage in stages})
   build.check_stages(stages, config, mesh, store, directory)
-  if dry_run:
-    print(build.dry_run_table(stages, config, mesh))
+  return build.dry_run_table(stages, config, mesh) if dry_run else ''
 
 
 def environment(argv: list[str]) -> dict:
@@ -232,11 +239,11 @@ def _check_same_config(config: dict, directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(directory: pathlib.Path) -> Iterator[None]:
-  """Two processes must not write one run."""
+def _only_one(directory: pathlib.Path) -> Iterator[str]:
+  """Two commands must not write one run.  Yields what this one's lock file holds."""
   try:
     directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / '.lock', 'w')
+    lock = open(directory / '.lock', 'a+', encoding='utf-8')
   except OSError as e:
     if e.errno == errno.ENOSPC:
       raise
@@ -246,7 +253,19 @@ def _only_one(directory: pathlib.Path) -> Iterator[None]:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       raise ValueError(f'another process is running in {directory}; wait for it, or choose another --workdir') from e
-    yield
+    token = uuid.uuid4().hex
+    lock.truncate(0)
+    print(token, file=lock, flush=True)
+    yield token
+
+
+def _check_shared(directory: pathlib.Path, token: str) -> None:
+  """Every process must see the folder that process 0 has locked, and not one of the same name on its own disk."""
+  lock, began = directory / '.lock', time.monotonic()
+  while not (lock.exists() and lock.read_text(encoding='utf-8').strip() == token):
+    if time.monotonic() - began > _SHARED_SECONDS:
+      raise ValueError(f'--workdir {directory} is not the same folder on every host: choose one on a disk they share')
+    time.sleep(0.5)
 
 
 def _message(e: Exception) -> str:
@@ -256,7 +275,8 @@ def _message(e: Exception) -> str:
 
 
 def _keep_traceback(e: Exception, directory: pathlib.Path) -> str:
-  path = directory / 'traceback.txt'
+  from datasel import processes
+  path = directory / ('traceback.txt' if processes.lead() else f'traceback-{processes.index()}.txt')
   try:
     path.write_text(traceback.format_exc())
   except OSError:  # no such folder, or a full disk

@@ -12,9 +12,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-from datasel import workdir
+from datasel import processes, workdir
 
 Value = float | int | dict[str, float]
 
@@ -32,7 +30,7 @@ class Writer:
     self._boards: dict[str, Any] | None = {} if tensorboard else None  # by stage, opened when needed
     self._wandb = None
     self._wandb_stages: set[str] = set()
-    self._writes = jax.process_index() == 0
+    self._writes = processes.lead()
     if not self._writes:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from datasel import metrics as metrics_lib
-from datasel import sharding
+from datasel import processes, sharding
 from datasel.batch import Batch
 from datasel.checkpoint import Checkpoints
 from datasel.step import Objective, State, init_state, train_step
@@ -31,34 +29,39 @@ class Program:
   """A train step compiled for a mesh: where its state lives, how it begins, how a host batch reaches it."""
 
   mesh: jax.sharding.Mesh
+  rules: sharding.Rules
   abstract_state: State  # ShapeDtypeStructs with shardings
   init: Callable[[jax.Array], State]
   step: Callable[[State, Batch], tuple[State, dict]]
 
   def put(self, batch: Batch) -> Batch:
     """This process's rows of a global batch -> global device arrays."""
-    return sharding.put(self.mesh, batch)
+    return sharding.put(self.mesh, batch, self.rules)
 
 
 def program(init_params: Callable[[jax.Array], Any], logical_axes: Any, *, objective: Objective,
-            tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, aux: Any = (), microbatches: int = 1) -> Program:
-  """Compiles (lazily) `train_step` with the state sharded over `mesh` by its logical axes and donated at each call."""
+            tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, aux: Any = (), microbatches: int = 1,
+            rules: sharding.Rules = sharding.RULES) -> Program:
+  """Compiles (lazily) `train_step` with the state sharded over `mesh` by its logical axes and donated at each call.
+
+  Places nothing: the devices of the mesh may be absent ones, to compile for.
+  """
   init = lambda key: init_state(init_params(key), tx, aux)
   abstract = jax.eval_shape(init, jax.random.key(0))
-  params = sharding.tree_shardings(mesh, abstract.params, logical_axes)
+  params = sharding.tree_shardings(mesh, abstract.params, logical_axes, rules)
   whole = sharding.replicated(mesh)
   shardings = State(
     step=whole, params=params, opt_state=sharding.optimizer_shardings(mesh, tx, abstract.params, params),
     aux=jax.tree.map(lambda _: whole, abstract.aux))
   abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-  rows = sharding.batch_sharding(mesh)
+  rows = sharding.batch_sharding(mesh, rules)
 
   def laid_out(state, batch):
-    with sharding.use(mesh):
+    with sharding.use(mesh, rules):
       return train_step(state, batch, objective=objective, tx=tx, microbatches=microbatches)
 
   return Program(
-    mesh=mesh, abstract_state=abstract, init=jax.jit(init, out_shardings=shardings),
+    mesh=mesh, rules=rules, abstract_state=abstract, init=jax.jit(init, out_shardings=shardings),
     step=jax.jit(laid_out, donate_argnums=0, in_shardings=(shardings, rows), out_shardings=(shardings, whole)))
 
 
@@ -98,7 +101,7 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
 
   # THE ORDER BELOW IS A CONTRACT.  A checkpoint holds a state and an iterator that has produced exactly the batches the
   # state has seen, and metrics.jsonl holds exactly the records up to it: so a resumed run repeats an uninterrupted one.
-  with _stop_requests(log_every) as stop, contextlib.ExitStack() as trace, guard:
+  with stop_requests(log_every) as stop, contextlib.ExitStack() as trace, guard:
     for step in range(start, total_steps + 1):
       last, stopping = step == total_steps, stop.requested(step)  # asked once: a signal may come at any time
       if evaluate is not None and (step > start or step == 0) and (last or (eval_every and step % eval_every == 0)):
@@ -113,7 +116,7 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
         raise Interrupted(f'{stage}: stopped after step {step} of {total_steps}, with all of them saved')
       if last:
         break
-      if profile_steps and step == trace_first:
+      if profile_steps and step == trace_first and processes.lead():
         trace.enter_context(jax.profiler.trace(str(profile_directory / stage)))
       with report.data_wait:
         batch = next(batches)
@@ -198,7 +201,7 @@ class _Reporter:
     self._since, self._steps = time.perf_counter(), 0
 
 
-class _Stop:
+class Stop:
   """Whether this run was asked to stop; with several processes, they agree on the step."""
 
   def __init__(self, agree_every: int):
@@ -209,16 +212,16 @@ class _Stop:
     if jax.process_count() == 1:
       return self.signalled
     # The signal may reach one process only, or each at another step; asking costs a round trip, so not at every step.
-    if step % self._agree_every:
-      return False
-    with jax.transfer_guard('allow'):
-      return bool(multihost_utils.process_allgather(np.asarray(self.signalled)).any())
+    return step % self._agree_every == 0 and processes.any_of(self.signalled)
 
 
 @contextlib.contextmanager
-def _stop_requests(agree_every: int) -> Iterator[_Stop]:
-  """SIGTERM (preemption) and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C ends at once."""
-  stop = _Stop(agree_every)
+def stop_requests(agree_every: int) -> Iterator[Stop]:
+  """SIGTERM (preemption) and the first Ctrl-C ask a loop to save and stop; a second Ctrl-C ends at once.
+
+  agree_every: steps between two at which several processes ask each other.
+  """
+  stop = Stop(agree_every)
 
   def handler(signum, frame):
     if stop.signalled and signum == signal.SIGINT:

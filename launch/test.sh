@@ -5,7 +5,11 @@ repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$repo/launch/environment.sh"
 environment="$(mktemp -d "${TMPDIR:-/tmp}/datasel-test-XXXXXX")"
 trap 'rm -rf "$environment"' EXIT
-make_environment "$environment/venv" test
+extras=test
+if [ "$(uname -sm)" = 'Linux x86_64' ]; then
+  extras=test,tpu  # no TPU: its compiler, for the tests of what fits one
+fi
+make_environment "$environment/venv" "$extras"
 
 cd "$repo"
 "$environment/venv/bin/ruff" check .

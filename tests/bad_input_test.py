@@ -76,7 +76,7 @@ def test_a_bad_key_or_value(refusal, argument, told):
 
 def test_a_batch_that_the_mesh_does_not_divide(refusal):
   text = refusal('--config.train.batch_size=6')
-  assert f'a batch of 6 is not a multiple of data x fsdp x microbatches = {jax.device_count()}' in text
+  assert f'a batch of 6 is not a multiple of batch shards x microbatches = {jax.device_count()}' in text
 
 
 MIXTURES = [

@@ -1,14 +1,20 @@
-"""Every test sees four simulated CPU devices, and a rank promotion (almost always a shape bug) is an error."""
+"""Every test sees four simulated CPU devices, and a rank promotion (almost always a shape bug) is an error.
+
+tests/gpu/ is for a GPU: it is collected only where JAX_PLATFORMS=cuda says so, and then it alone makes sense.
+"""
 
 import os
 
 # Before jax is imported anywhere.  Tests that use several devices block on every step: two cores cannot run four
 # devices' collectives of several steps at once without a deadlock.
-os.environ['JAX_PLATFORMS'] = 'cpu'
+ON_GPU = os.environ.get('JAX_PLATFORMS') == 'cuda'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-# Compilation, not arithmetic, is the cost of these tests: the compiler's optimisations are left out.
-os.environ['XLA_FLAGS'] = (f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=4 '
-                           '--xla_backend_optimization_level=0')
+if not ON_GPU:
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  # Compilation, not arithmetic, is the cost of these tests: the compiler's optimisations are left out.
+  os.environ['XLA_FLAGS'] = (f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=4 '
+                             '--xla_backend_optimization_level=0')
+  collect_ignore = ['gpu']
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,13 +1,14 @@
 """cuDNN's fused attention: gradients only, on NVIDIA GPUs."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
-from jax._src.lib import cuda_versions
 
 
 def available() -> bool:
-  """Whether this process could call cuDNN: `jax.nn` asks its version when it is traced."""
-  return cuda_versions is not None
+  """Whether jax has its CUDA plugin: while tracing, `jax.nn` asks it for cuDNN's version."""
+  return any(importlib.util.find_spec(f'jax_cuda{major}_plugin') for major in (12, 13))
 
 
 def refusal(causal: bool, window: int | None, q_BxLxHxDh: jax.Array, segments: bool) -> str:

@@ -1,6 +1,7 @@
 """Shapes of attention that tests and benchmarks share: what a mask, a head or a length can do differently, once each.
 
-A case has two sizes with the same structure: `small` for checks on a CPU, interpreted, and `full` as models have it.
+A case has three sizes with the same structure: 'small' for checks on a CPU, interpreted; 'full' as models have it, for
+accelerators; and 'medium' between them, for benchmarks on a CPU.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from datasel.attention.masks import Mask
+from datasel.attention.tiles import Visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +31,23 @@ class Case:
 
   def shape(self, size: str = 'small') -> tuple[int, int, int, int, int]:
     """B, L, H, K, Dh."""
-    batch, length = self.full if size == 'full' else self.small
+    batch, length = {'small': self.small, 'medium': (1, min(self.full[1], 2048)), 'full': self.full}[size]
     H, K = self.full_heads if size == 'full' and self.full_heads else (self.heads, self.kv_heads)
     return batch, length, H, K, self.head_dim
+
+  def pairs(self, size: str = 'small') -> int:
+    """Query-key pairs of a head that see each other, over the whole batch: what attention must compute at least."""
+    batch, length, *_ = self.shape(size)
+    mask = self.mask(size)
+    visible = Visible(mask.causal, mask.window, length)
+    segment = None if mask.segment_BxL is None else np.asarray(mask.segment_BxL)
+    total, at = 0, np.arange(length)
+    for b in range(batch):
+      for i in range(0, length, 1024):  # a strip at a time: never L x L
+        row = slice(i, i + 1024)
+        of = () if segment is None else (segment[b, row, None], segment[b, None])
+        total += int(visible.tile(at[row, None], at[None], *(of or (None, None))).sum())
+    return total
 
   def mask(self, size: str = 'small') -> Mask:
     batch, length, *_ = self.shape(size)

@@ -1,10 +1,11 @@
-"""Benchmarks: `python -m datasel.bench NAME [--json FILE]` measures on this machine and prints a table.
+"""Benchmarks: `python -m datasel.bench NAME [--json=FILE] [--OPTION=VALUE ...]` measures here and prints a table.
 
-A benchmark is a module with `run() -> result` (JSON values) and `table(result) -> text`.
+A benchmark is a module with `run(**options) -> result` (JSON values) and `table(result) -> text`.
 """
 
 import argparse
 import datetime
+import inspect
 import logging
 import os
 import platform
@@ -14,29 +15,37 @@ import sys
 import numpy
 
 from datasel import workdir
-from datasel.bench import data, doremi
+from datasel.bench import attention, data, doremi, step
 
-BENCHMARKS = {'data': data, 'doremi': doremi}
+BENCHMARKS = {'attention': attention, 'data': data, 'doremi': doremi, 'step': step}
 
 
 def main(argv: list[str]) -> None:
   """The command line."""
   logging.basicConfig(level=logging.INFO, stream=sys.stderr, format='%(message)s')
   parser = argparse.ArgumentParser('datasel.bench', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument('name', choices=sorted(BENCHMARKS))
-  parser.add_argument('--json', metavar='FILE', help='also write the result, with date, command and machine')
-  args = parser.parse_args(argv)
-  benchmark = BENCHMARKS[args.name]
+  by_name = parser.add_subparsers(dest='name', required=True, metavar='|'.join(sorted(BENCHMARKS)))
+  for name, module in BENCHMARKS.items():
+    one = by_name.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__,
+                             formatter_class=argparse.RawTextHelpFormatter)
+    one.add_argument('--json', metavar='FILE', help='also write the result, with date, command and machine')
+    for option in inspect.signature(module.run).parameters.values():
+      kind = type(option.default)
+      read = (lambda text: {'true': True, 'false': False}[text.lower()]) if kind is bool else kind
+      one.add_argument(f'--{option.name}', type=read, default=option.default, help=f'default {option.default!r}')
+  options = vars(parser.parse_args(argv))
+  name, path = options.pop('name'), options.pop('json')
+  benchmark = BENCHMARKS[name]
   try:
-    result = benchmark.run()
-  except ImportError as e:
+    result = benchmark.run(**options)
+  except (ImportError, ValueError) as e:
     sys.exit(f'{parser.prog}: {e}')
   machine = {'processor': platform.machine(), 'cores': os.cpu_count(), 'system': platform.platform(terse=True),
              'python': platform.python_version(), 'numpy': numpy.__version__}
   print(', '.join(f'{key} {value}' for key, value in machine.items()))
   print(benchmark.table(result))
-  if args.json:
-    workdir.write_json(args.json, {'benchmark': args.name, 'command': f'python -m datasel.bench {shlex.join(argv)}',
+  if path:
+    workdir.write_json(path, {'benchmark': name, 'command': f'python -m datasel.bench {shlex.join(argv)}',
                                    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
                                    'machine': machine, **result})
 

@@ -6,23 +6,24 @@
 
 import functools
 import statistics
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from datasel import objectives, optim
+from datasel.bench import timing
 from datasel.methods.doremi import domain_weights
 from datasel.models.presets import PRESETS
-from datasel.step import State, init_state, train_step
+from datasel.step import Objective, init_state, train_step
 
 _LIMIT, _OURS, _PEER = 'plain step (the limit)', 'proxy step, cached losses', 'proxy step, reference inside (the peer)'
 
 
-def run(*, preset: str = 'laptop_small', batch_size: int = 32, length: int = 128, n_domains: int = 10, steps: int = 5,
+def run(*, preset: str = 'laptop_small', batch_size: int = 32, length: int = 128, n_domains: int = 10,
         repeats: int = 7) -> dict[str, Any]:
-  """Median seconds per step over `repeats` rounds in which the contenders take turns, after a round to compile."""
+  """Median seconds per step over `repeats` rounds in which the contenders take turns."""
   model = PRESETS[preset]
   tx = optim.adamw(1e-3, b1=0.9, b2=0.98, eps=1e-8, weight_decay=0.01, clip=1.0)
   params = jax.jit(model.init)(jax.random.key(0))
@@ -44,20 +45,13 @@ def run(*, preset: str = 'laptop_small', batch_size: int = 32, length: int = 128
     _OURS: (group_dro, aux),
     _PEER: (with_reference, aux),
   }
-  compiled = {name: (jax.jit(functools.partial(train_step, objective=objective, tx=tx)), init_state(params, tx, aux))
-              for name, (objective, aux) in contenders.items()}
-  seconds: dict[str, list[float]] = {name: [] for name in contenders}
-  for repeat in range(repeats + 1):
-    for name, (step, state) in compiled.items():
-      took = _seconds(step, state, batch, steps)
-      if repeat:
-        seconds[name].append(took)
-  paired = lambda name: statistics.median(x / y for x, y in zip(seconds[name], seconds[_LIMIT]))
+  taken = timing.take_turns({name: _contender(*of, params, batch, tx) for name, of in contenders.items()},
+                            repeats=repeats)
   return {
     'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}',
     'preset': preset, 'batch_size': batch_size, 'length': length, 'domains': n_domains,
-    'seconds': {name: statistics.median(s) for name, s in seconds.items()},
-    'ratio_to_limit': {name: paired(name) for name in seconds},
+    'seconds': {name: statistics.median(s) for name, s in taken.items()},
+    'ratio_to_limit': {name: timing.ratio(taken, name, _LIMIT) for name in taken},
   }
 
 
@@ -68,9 +62,14 @@ def table(result: dict[str, Any]) -> str:
   return '\n'.join(lines)
 
 
-def _seconds(step: Any, state: State, batch: dict, steps: int) -> float:
-  began = time.perf_counter()
-  for _ in range(steps):
-    state, _ = step(state, batch)
-  jax.block_until_ready(state)
-  return (time.perf_counter() - began) / steps
+def _contender(objective: Objective, aux: Any, params: dict, batch: dict, tx: Any) -> Callable[[int], Any]:
+  step = jax.jit(functools.partial(train_step, objective=objective, tx=tx))
+  begin = init_state(params, tx, aux)
+
+  def run(times: int) -> None:
+    state = begin
+    for _ in range(times):
+      state, _ = step(state, batch)
+    jax.block_until_ready(state)
+
+  return run

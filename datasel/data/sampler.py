@@ -32,21 +32,22 @@ class Sampler(grain.IterDataset):
   store: a `datasel.data.store.Store`, or anything with its `domains`, `digest`, `sizes` and `read`.
   weights_M: float64, in the order of `store.domains`, summing to 1; a domain of weight 0 is never drawn.
   batch_size: examples of the global batch.
-  rows: (first, last), the part of the global batch that this process reads (`process_rows`); default all of it.
+  rows: int64, rising: the rows of the global batch that this process reads (`process_rows`); default all of them.
   block: positions in which the mixture is met exactly (largest remainder).
   """
 
   def __init__(self, store: Any, split: str, weights_M: Sequence[float] | np.ndarray, batch_size: int, *, seed: int,
-               block: int = 65536, rows: tuple[int, int] | None = None):
+               block: int = 65536, rows: np.ndarray | None = None):
     super().__init__()
     # Plain integers: what is counted with them goes into JSON.
     batch_size, block, seed = (operator.index(number) for number in (batch_size, block, seed))
-    first, last = (operator.index(row) for row in rows or (0, batch_size))
     if batch_size < 1 or block < 1 or seed < 0:
       raise ValueError(f'batch_size {batch_size} and block {block} must be at least 1 and seed {seed} at least 0')
-    if not 0 <= first < last <= batch_size:
-      raise ValueError(f'rows {rows} are not a part of a batch of {batch_size}; want 0 <= first < last <= {batch_size}')
-    self.store, self.split, self.batch_size, self.rows, self.block = store, split, batch_size, (first, last), block
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if rows.ndim != 1 or not rows.size or rows[0] < 0 or rows[-1] >= batch_size or (np.diff(rows) < 1).any():
+      raise ValueError(f'rows {rows} are not rows of a batch of {batch_size}; want rising numbers from 0 to '
+                       f'{batch_size - 1}')
+    self.store, self.split, self.batch_size, self.rows, self.block = store, split, batch_size, rows, block
     self.counts_M = block_counts(weights_M, block, store.domains)
     self.sizes_M = np.asarray(store.sizes(split), np.int64)
     empty = [name for name, count, size in zip(store.domains, self.counts_M, self.sizes_M) if count and not size]
@@ -127,9 +128,9 @@ class SamplerIterator(grain.DatasetIterator):
     self._sampler, self._position = sampler, 0
 
   def __next__(self) -> dict[str, np.ndarray]:
-    sampler, (first, last) = self._sampler, self._sampler.rows
-    domain_B, record_B = sampler.plan(self._position + first, self._position + last)
-    batch = sampler.store.read(sampler.split, domain_B, record_B)
+    sampler = self._sampler
+    domain_B, record_B = sampler.plan(self._position, self._position + sampler.batch_size)
+    batch = sampler.store.read(sampler.split, domain_B[sampler.rows], record_B[sampler.rows])
     self._position += sampler.batch_size
     return batch
 
@@ -149,18 +150,15 @@ def batches(sampler: grain.IterDataset, prefetch: int = 2) -> grain.DatasetItera
   return iter(grain.experimental.ThreadPrefetchIterDataset(sampler, prefetch_buffer_size=prefetch))
 
 
-def process_rows(batch_sharding: Any, batch_size: int) -> tuple[int, int]:
-  """(first, last) of the global batch that the devices of this process hold, for `Sampler(rows=...)`.
+def process_rows(batch_sharding: Any, batch_size: int) -> np.ndarray:
+  """int64, rising: the rows of the global batch that the devices of this process hold, for `Sampler(rows=...)`.
 
   batch_sharding: the jax sharding of a [batch_size] array.  Not computed from the process index: two processes that
-  share a data-parallel shard (tensor parallelism across hosts) must be fed the same rows.
+  share a data-parallel shard (tensor parallelism across hosts) must be fed the same rows, and a mesh that follows the
+  wires of a pod may give a process shards that are not neighbours.
   """
   held = batch_sharding.addressable_devices_indices_map((batch_size,)).values()
-  slices = sorted({index[0].indices(batch_size)[:2] for index in held})
-  if any(stop != start for (_, stop), (start, _) in zip(slices, slices[1:])):
-    raise ValueError(f'the devices of this process hold rows {slices} of a batch of {batch_size}, which are not '
-                     'adjacent; order the devices of the mesh so that a process holds neighbouring batch shards')
-  return slices[0][0], slices[-1][1]
+  return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
 def block_counts(weights_M: Sequence[float] | np.ndarray, block: int, domains: Sequence[str]) -> np.ndarray:

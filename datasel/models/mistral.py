@@ -111,7 +111,7 @@ class Mistral:
 
     if REMAT[self.remat] is not None:
       layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-    x_BxLxD = params['embed']['kernel'].astype(self.dtype)[tokens_BxL]
+    x_BxLxD = sharding.by_batch_shard(self._look_up, params['embed']['kernel'], ('vocab', 'embed'), tokens_BxL)
     x_BxLxD = sharding.constrain(x_BxLxD, 'batch', 'length', 'residual')
     x_BxLxD, _ = jax.lax.scan(layer, x_BxLxD, params['blocks'])
     return _rms_norm(x_BxLxD, params['norm']['scale'], self.norm_eps)
@@ -119,7 +119,7 @@ class Mistral:
   def apply(self, params: dict, tokens_BxL: jax.Array, segment_BxL: jax.Array | None = None,
             position_BxL: jax.Array | None = None) -> jax.Array:
     """float32 logits B x L x V.  For losses use `token_nll`, which never builds them whole."""
-    return self._logits(params, self.hidden(params, tokens_BxL, segment_BxL, position_BxL))
+    return self._logits(self._head(params), self.hidden(params, tokens_BxL, segment_BxL, position_BxL))
 
   def token_nll(self, params: dict, batch: Batch) -> jax.Array:
     """float32 B x L negative log-likelihood of `targets_BxL`, nats, unmasked.
@@ -127,16 +127,23 @@ class Mistral:
     The logits of `loss_chunk` positions exist at a time, forward and backward, so memory does not grow with L x V.
     """
     hidden_BxLxD = self.hidden(params, batch['tokens_BxL'], batch.get('segment_BxL'), batch.get('position_BxL'))
+    kernel_VxD = self._head(params)
+    return sharding.by_batch_shard(self._head_nll, kernel_VxD, ('vocab', 'embed'), hidden_BxLxD, batch['targets_BxL'])
+
+  def _look_up(self, kernel_VxD: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
+    return kernel_VxD[tokens_BxL].astype(self.dtype)  # in this order its gradient is summed in float32
+
+  def _head_nll(self, kernel_VxD: jax.Array, hidden_BxLxD: jax.Array, targets_BxL: jax.Array) -> jax.Array:
     B, L, D = hidden_BxLxD.shape
     chunk = min(self.loss_chunk, L)
     n_chunks = -(-L // chunk)
     pad = n_chunks * chunk - L
     hidden_BxNxCxD = jnp.pad(hidden_BxLxD, ((0, 0), (0, pad), (0, 0))).reshape(B, n_chunks, chunk, D)
-    targets_BxNxC = jnp.pad(batch['targets_BxL'], ((0, 0), (0, pad))).reshape(B, n_chunks, chunk)
+    targets_BxNxC = jnp.pad(targets_BxL, ((0, 0), (0, pad))).reshape(B, n_chunks, chunk)
 
     def nll_of(pair):
       hidden_BxCxD, targets_BxC = pair
-      logits_BxCxV = self._logits(params, hidden_BxCxD)
+      logits_BxCxV = self._logits(kernel_VxD, hidden_BxCxD)
       target_BxCx1 = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)
       return jax.nn.logsumexp(logits_BxCxV, axis=-1) - target_BxCx1[..., 0]
 
@@ -144,9 +151,13 @@ class Mistral:
                             (hidden_BxNxCxD.swapaxes(0, 1), targets_BxNxC.swapaxes(0, 1)))
     return nll_NxBxC.swapaxes(0, 1).reshape(B, n_chunks * chunk)[:, :L]
 
-  def _logits(self, params: dict, hidden_BxLxD: jax.Array) -> jax.Array:
-    kernel_VxD = params['embed']['kernel'] if self.tied else params['head']['kernel']
-    return jnp.einsum('bld,vd->blv', hidden_BxLxD, kernel_VxD.astype(self.dtype), preferred_element_type=jnp.float32)
+  def _head(self, params: dict) -> jax.Array:
+    return params['embed']['kernel'] if self.tied else params['head']['kernel']
+
+  def _logits(self, kernel_VxD: jax.Array, hidden_BxLxD: jax.Array) -> jax.Array:
+    logits_BxLxV = jnp.einsum('bld,vd->blv', hidden_BxLxD, kernel_VxD.astype(self.dtype),
+                              preferred_element_type=jnp.float32)
+    return sharding.constrain(logits_BxLxV, 'batch', 'length', 'vocab')
 
 
 class _Kernel(nnx.Module):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from datasel import build, evaluate, metrics, objectives, workdir
+from datasel import build, evaluate, metrics, objectives, processes, workdir
 from datasel import config as config_lib
 from datasel.data import mixture as mixture_lib
 from datasel.data.mixture import Mixture
@@ -40,19 +40,24 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
   plan = stages(config, store)
   with build.begin(config, directory, store, sum(stage.flops for stage in plan)) as r:
     baseline = build.mixture(config.doremi.baseline, store, config.doremi.baseline_epochs.to_dict(), 'doremi.baseline')
-    mixture_lib.write(directory / 'baseline.json', baseline)
+    if processes.lead():
+      mixture_lib.write(directory / 'baseline.json', baseline)
     tuned, rounds = tune(r, baseline)
     # Where the weights stood still, the rounds after are neither run nor counted.
     not_run = tuple(_prefix(config, later) for later in range(len(rounds), config.doremi.rounds))
     r.progress.skip(sum(stage.flops for stage in plan if stage.name.startswith(not_run)))
-    mixture_lib.write(directory / 'mixture.json', tuned)
-    mixture_lib.write_doremi(directory / 'domain_weights.json', tuned)
-    summary = {'baseline': baseline.weights, 'tuned': tuned.weights, 'rounds': rounds}
+    if processes.lead():
+      mixture_lib.write(directory / 'mixture.json', tuned)
+      mixture_lib.write_doremi(directory / 'domain_weights.json', tuned)
     if config.doremi.train_main:
       # Both share their initialisation and their reading order: they differ by the mixture alone.
       for name, mixture in (('baseline', baseline), ('tuned', tuned)):
         build.train_stage(r, _main(config, store, name, config_lib.to_model(config.model)), role='main',
                           init_role='init-main', weights_M=mixture.for_domains(store.domains))
+
+  def conclude() -> dict:
+    summary = {'baseline': baseline.weights, 'tuned': tuned.weights, 'rounds': rounds}
+    if config.doremi.train_main:
       lines = {name: metrics.read(directory, f'main-{name}', 'eval') for name in ('baseline', 'tuned')}
       summary['comparison'] = evaluate.compare(lines['tuned'], lines['baseline'])
     summary['warnings'] = warnings(r, tuned)
@@ -60,8 +65,10 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
     for warning in summary['warnings']:
       logging.warning(warning)
     workdir.write_json(directory / 'summary.json', summary)
-  write_report(directory)
-  return summary
+    write_report(directory)
+    return summary
+
+  return processes.from_lead('writing the report', conclude)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:
@@ -166,7 +173,7 @@ def one_round(run: build.Run, prefix: str, reference: Mixture, round_name: str) 
   losses = reference_losses.compute(
     run.directory / f'{prefix}reference_nll', objectives.in_microbatches(stage.model.token_nll, stage.microbatches),
     params, store, run.mesh, reference_losses.visited(samplers, section.steps),
-    batch_size=section.batch_size, stage=f'{prefix}reference_nll', progress=run.progress,
+    batch_size=section.batch_size, stage=f'{prefix}reference_nll', progress=run.progress, rules=build.rules(config),
     flops_per_row=stage.model.flops_per_token(store.length) / 3 * store.length,
     provenance={'stage': stage.name, 'steps': stage.steps, 'model': dataclasses.asdict(stage.model),
                 'weights': reference.weights, 'seed': config.seed})
@@ -179,8 +186,9 @@ def one_round(run: build.Run, prefix: str, reference: Mixture, round_name: str) 
       describe=lambda values: _by_domain(values, store.domains)).aux)
     named = lambda x_M: dict(zip(store.domains, np.asarray(x_M, np.float64).tolist()))
     averages.append(named(domain_weights.average(aux, include_initial=section.average_includes_initial)))
-    workdir.write_json(run.directory / proxy.name / 'weights.json',
-                       {'average': averages[-1], 'last': named(np.exp(aux['log_alpha_M']))})
+    if processes.lead():
+      workdir.write_json(run.directory / proxy.name / 'weights.json',
+                         {'average': averages[-1], 'last': named(np.exp(aux['log_alpha_M']))})
   mean = {name: math.fsum(a[name] for a in averages) / len(averages) for name in store.domains}
   return Mixture(mixture_lib.normalised(mean), {
     'method': 'doremi', 'round': round_name, 'seed': config.seed, 'step': section.steps, 'store': store.digest,

@@ -9,7 +9,7 @@ import pathlib
 
 import ml_collections
 
-from datasel import build, metrics, objectives, workdir
+from datasel import build, metrics, objectives, processes, workdir
 from datasel import config as config_lib
 from datasel.data import mixture as mixture_lib
 from datasel.data.store import Store
@@ -22,13 +22,18 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
   with build.begin(config, directory, store, stage.flops) as r:
     section = config.pretrain
     mixture = build.mixture(section.mixture, store, section.mixture_epochs.to_dict(), 'pretrain.mixture')
-    mixture_lib.write(directory / 'mixture.json', mixture)
+    if processes.lead():
+      mixture_lib.write(directory / 'mixture.json', mixture)
     build.train_stage(r, stage, role='main', init_role='init-main', weights_M=mixture.for_domains(store.domains))
+
+  def conclude() -> dict:
     summary = {'final': metrics.read(directory, 'main', 'eval')[-1], 'cost_flops': {'main': stage.flops},
                'warnings': []}
     workdir.write_json(directory / 'summary.json', summary)
-  write_report(directory)
-  return summary
+    write_report(directory)
+    return summary
+
+  return processes.from_lead('writing the report', conclude)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:

@@ -1,0 +1,168 @@
+"""`python -m datasel.topology --config=FILE --topology=NAME [--config.KEY=VALUE ...]`: does a run fit devices not here?
+
+Compiles the programs of the config's stages ahead of time for a TPU slice (`v5e:16x16`; needs the extra `tpu`) or for
+GPUs (`h200:8`; needs the extra `cuda`) on any machine, and prints what each needs and costs.  No token store is needed.
+Exit status: 0 it fits, 1 it does not, 2 the question is not a good one.  --output=FILE.json keeps the answer.
+"""
+
+import dataclasses
+import datetime
+import logging
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from datasel import command_line, workdir
+
+# jax is imported by the functions that need it, after main() has told it to look for no devices.
+
+_ASSUMED_DOMAINS = 16
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStore:
+  """In place of a token store that is elsewhere, or not made yet: what the stages of a run ask of one to be planned."""
+
+  domains: tuple[str, ...]
+  length: int
+  path: str = 'the planned store'
+  digest: str = ''
+  tokenizer: dict = dataclasses.field(default_factory=lambda: {'name': 'planned', 'digest': ''})
+
+  def sizes(self, split: str) -> np.ndarray:
+    """int64 [M]: sequences of each domain, as many as any run reads."""
+    del split
+    return np.full(len(self.domains), 10**9)
+
+  def counts(self, split: str) -> dict[str, dict[str, int]]:
+    return {name: {'tokens': int(size) * self.length} for name, size in zip(self.domains, self.sizes(split))}
+
+
+def main(argv: list[str]) -> int:
+  """The command line; returns the exit status."""
+  # The devices of this machine are not asked for: they may be busy, and libtpu would complain where there are none.
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # XLA's own complaints about what does not fit
+  logging.basicConfig(level=logging.INFO, format='%(asctime)s  %(message)s', datefmt='%H:%M:%S', stream=sys.stderr,
+                      force=True)
+  for noisy in ('jax', 'absl'):
+    logging.getLogger(noisy).setLevel(logging.ERROR)
+  try:
+    options = command_line.load(argv, _define, needs_data=False)
+    if not options.topology:
+      from datasel import absent
+      raise ValueError(f'--topology is missing; want one such as {absent.NAMES}')
+    answer = examine(options.config, options.topology, domains=options.domains)
+  except (ValueError, OSError, ImportError, flags.Error) as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  print(table(answer))
+  if options.output:
+    workdir.write_json(options.output, answer)
+  return 0 if answer['fits'] else 1
+
+
+def _define(values: flags.FlagValues) -> None:
+  flags.DEFINE_string('topology', None, 'Devices to compile for, such as v5e:16x16 or h200:8.', flag_values=values)
+  flags.DEFINE_string('output', None, 'JSON file for the answer.', flag_values=values)
+  flags.DEFINE_integer('domains', 0, 'Domains of the corpus, where the config does not name them.', flag_values=values,
+                       lower_bound=0)
+
+
+def examine(config: Any, topology: str, *, domains: int = 0) -> dict:
+  """The answer as JSON values: `fits`, and a forecast (see forecast.py) of each program that the run's stages are.
+
+  Raises ValueError for a topology that is unknown or that the config's mesh or batch does not divide, ImportError where
+  the topology's compiler is not installed.
+  """
+  import jax
+  import jaxlib
+
+  from datasel import absent, build
+  from datasel import forecast as forecast_lib
+  from datasel import main as main_lib
+  chip, devices = absent.devices(topology)
+  mesh = build.mesh(config.mesh, devices)
+  methods = main_lib.methods()
+  if config.method not in methods:
+    raise ValueError(f'config.method is {config.method!r}; known: {sorted(methods)}')
+  store = _store(config, domains)
+  programs: dict[tuple, list] = {}
+  for stage in methods[config.method].stages(config, store):
+    build.check_split(stage, config, mesh)  # all of them, before the first is compiled
+    programs.setdefault(stage.program_key, []).append(stage)
+  answers = []
+  for same in programs.values():
+    logging.info('compiling %s for %s (may take a minute)', same[0].name, topology)
+    answers.append(forecast_lib.forecast(same[0], config, mesh, chip) | {'stages': [stage.name for stage in same]})
+  return {
+    'topology': topology, 'devices': len(devices), 'mesh': {axis: int(size) for axis, size in mesh.shape.items()},
+    'fits': all(answer['fits'] for answer in answers), 'programs': answers, 'jax': jax.__version__,
+    'jaxlib': jaxlib.__version__, 'compiler': absent.compiler(chip), 'git': workdir.git_version(),
+    'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
+
+
+def _store(config: Any, n_domains: int) -> Any:
+  """The run's token store where it is on this machine; else a planned one, of the domains that the config names."""
+  from datasel.data import mixture as mixture_lib
+  from datasel.data.store import Store
+  if config.data.store and pathlib.Path(config.data.store).is_dir():
+    return Store(pathlib.Path(config.data.store).absolute(), verify='size')
+  named: list[str] = []
+  for section, weights in (('doremi', 'baseline'), ('pretrain', 'mixture')):
+    if section in config:
+      named += config[section][f'{weights}_epochs'].keys()
+      if not named and pathlib.Path(config[section][weights]).is_file():
+        named += mixture_lib.load(config[section][weights]).weights
+  if named and n_domains not in (0, len(named)):
+    raise ValueError(f'--domains={n_domains}, but the config names {len(named)}: {", ".join(sorted(named))}')
+  if not named and not n_domains and 'doremi' in config:
+    logging.info('the config names no domains: assuming %d; say --domains=N (a few bytes each)', _ASSUMED_DOMAINS)
+  return PlannedStore(tuple(sorted(named)) or tuple(f'domain-{i}' for i in range(n_domains or _ASSUMED_DOMAINS)),
+                      config.data.length)
+
+
+def table(answer: dict) -> str:
+  """The answer for people."""
+  mesh = ', '.join(f'{axis} {size}' for axis, size in answer['mesh'].items())
+  lines = [f'{answer["topology"]}: {answer["devices"]} devices, mesh {mesh}; jax {answer["jax"]}, {answer["compiler"]}']
+  for one in answer['programs']:
+    lines += ['', *_program(one)]
+  lines += ['', 'every stage fits' if answer['fits'] else 'this run does not fit']
+  return '\n'.join(lines)
+
+
+def _program(one: dict) -> list[str]:
+  memory = one['memory']
+  used = 'more than there is' if memory['total'] is None else f'{memory["total"] / _GIB:.3g} GiB'
+  lines = [f'{", ".join(one["stages"])}: {one["parameters"]:,} parameters, {one["batch_size"]} x {one["length"]} '
+           f'tokens in {one["microbatches"]} part(s)',
+           f'  {"fits" if one["fits"] else "DOES NOT FIT"}: {used} of {memory["available"] / _GIB:.2f} GiB of a device',
+           *(f'    {name:28s} {size / _GIB:8.3g} GiB' for name, size in memory['holds'].items())]
+  if not one['fits']:
+    lines.append('  ' + '; '.join(text for text in (one['reason'], one['advice']) if text))
+  if 'flops' not in one:
+    return lines
+  flops, seconds = one['flops'], one['seconds']
+  note = (f'; kernels without an estimate, counted by the formula: {", ".join(flops["kernels counted by the formula"])}'
+          if flops['kernels counted by the formula'] else '')
+  lines.append(f'  FLOPs: {flops["counted"]:.3e} compiled, {flops["formula"]:.3e} by formula, on each device{note}')
+  for c in one['collectives']:
+    lines.append(f'  {c["kind"]} {"in loops" if c["in_loops"] else "outside loops"}: {c["count"]:,} of '
+                 f'{c["bytes"] / _GIB:.3g} GiB in all; {c["sent_bytes"] / _GIB:.3g} GiB leave each device')
+  if one['unknown_loops']:
+    lines.append(f'  loops of unknown length, counted once: {", ".join(one["unknown_loops"])}')
+  lines.append('  by the roofline: '
+               + ', '.join(f'{name} {1e3 * seconds[name]:.3g} ms' for name in ('arithmetic', 'memory', 'interconnect'))
+               + f' -> {1e3 * seconds["step"]:.3g} ms, {one["tokens_per_second"]:,.0f} tokens/s, '
+               + f'MFU {100 * one["mfu_bound"]:.0f}% (without any overlap {1e3 * seconds["without_overlap"]:.3g} ms)')
+  return lines
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

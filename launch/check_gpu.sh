@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# On a machine with one GPU: checks every attention kernel against the float32 reference, then benchmarks attention and the
+# train step of four model sizes.  Under 8 minutes on an H200.  bash launch/check_gpu.sh [OUT]: figures as JSON and text.
+# Uses the Python that has datasel's `cuda` and `test` extras: set PYTHON to name another than python3.
+set -euo pipefail
+repo="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+out="$(mkdir -p "${1:-gpu-figures}" && cd "${1:-gpu-figures}" && pwd)"
+python="${PYTHON:-python3}"
+cd "$repo"
+export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_COMPILATION_CACHE_DIR="$out/compiled"
+export PYTHONPATH="$repo${PYTHONPATH:+:$PYTHONPATH}"
+trap 'rm -rf "$out/compiled"' EXIT
+
+failed=0
+timeout 240 "$python" -m pytest -q -x --no-header tests/gpu 2>&1 | tee "$out/checks.txt" || failed=1
+bench() {  # NAME of the figure, then the benchmark's arguments
+  local name="$1"
+  shift
+  timeout 120 "$python" -m datasel.bench "$@" --json="$out/$name.json" 2>&1 | tee "$out/$name.txt" || failed=1
+}
+bench attention attention --repeats=3
+bench step_160m step --preset=pds_160m --batch_size=64 --repeats=3
+bench step_470m step --preset=pds_470m --batch_size=32 --repeats=3 --peer=false
+bench step_1b step --preset=pds_1b --batch_size=16 --repeats=3 --peer=false
+bench step_1_7b step --preset=pds_1_7b --batch_size=16 --repeats=3 --peer=false
+exit "$failed"

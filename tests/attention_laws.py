@@ -1,7 +1,6 @@
 """What attention's implementations are held to: everything that can be derived of them, against the reference."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from datasel.attention.shapes import Case

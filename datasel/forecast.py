@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from datasel import build, hlo, hlo_costs, sharding
+from datasel import build, checks, hlo, hlo_costs, sharding
 from datasel.hardware import Chip
 
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -28,7 +28,7 @@ def forecast(stage: build.Stage, config: ml_collections.ConfigDict, mesh: jax.sh
   Bytes, FLOPs and seconds are those of one device and one step; of a stage that trains nothing, one batch.
   Raises ValueError for a mesh that the stage cannot be split over.
   """
-  build.check_split(stage, config, mesh)
+  checks.check_split(stage, config, mesh)
   began = time.perf_counter()
   result = {'stage': stage.name, 'parameters': stage.model.n_params, 'batch_size': stage.batch_size,
             'microbatches': stage.microbatches, 'length': stage.length, 'trains': stage.objective is not None}

@@ -201,12 +201,12 @@ def _data(store: Any, sources: dict | None) -> dict:
 
 def _check(method: Any, config: Any, store: Any, directory: pathlib.Path, dry_run: bool) -> str:
   """Everything that can be known to fail, before anything is computed; the table of a dry run."""
-  from datasel import build
+  from datasel import build, checks
   stages = method.stages(config, store)
   mesh = build.mesh(config.mesh)
-  build.check_store(store, config, {stage.name: stage.model for stage in stages})
-  build.check_stages(stages, config, mesh, store, directory)
-  return build.dry_run_table(stages, config, mesh) if dry_run else ''
+  checks.check_store(store, config, {stage.name: stage.model for stage in stages})
+  checks.check_stages(stages, config, mesh, store, directory)
+  return checks.dry_run_table(stages, config, mesh) if dry_run else ''
 
 
 def environment(argv: list[str]) -> dict:

@@ -83,7 +83,7 @@ def examine(config: Any, topology: str, *, domains: int = 0) -> dict:
   import jax
   import jaxlib
 
-  from datasel import absent, build
+  from datasel import absent, build, checks
   from datasel import forecast as forecast_lib
   from datasel import main as main_lib
   chip, devices = absent.devices(topology)
@@ -94,7 +94,7 @@ def examine(config: Any, topology: str, *, domains: int = 0) -> dict:
   store = _store(config, domains)
   programs: dict[tuple, list] = {}
   for stage in methods[config.method].stages(config, store):
-    build.check_split(stage, config, mesh)  # all of them, before the first is compiled
+    checks.check_split(stage, config, mesh)  # all of them, before the first is compiled
     programs.setdefault(stage.program_key, []).append(stage)
   answers = []
   for same in programs.values():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small_store
 
-from datasel import build, metrics, sharding, workdir
+from datasel import build, checks, metrics, sharding, workdir
 from datasel import config as config_lib
 from datasel.data import mixture
 from datasel.methods.doremi import run as doremi
@@ -179,17 +179,17 @@ def test_a_start_that_does_not_fit_is_refused(finished, store, tmp_path):
   stage = shutil.copytree(finished('tokens')[0] / 'reference', tmp_path / 'reference')
   stages = lambda **changes: doremi.stages(make_config(**changes), store)
   [same, *_] = stages(doremi__init_from=str(stage / 'checkpoints'))
-  build.check_starting_point(same, store)
+  checks.check_starting_point(same, store)
   [wider, *_] = stages(doremi__init_from=str(stage / 'checkpoints'), doremi__model__d_ff=24)
   with pytest.raises(ValueError, match='model of another shape: d_ff 24'):
-    build.check_starting_point(wider, store)
+    checks.check_starting_point(wider, store)
   [elsewhere, *_] = stages(doremi__init_from=str(stage))
   with pytest.raises(FileNotFoundError, match='not the checkpoints/ folder'):
-    build.check_starting_point(elsewhere, store)
+    checks.check_starting_point(elsewhere, store)
   made = workdir.read_json(stage / 'stage.json')
   workdir.write_json(stage / 'stage.json', made | {'tokenizer': 'another'})
   with pytest.raises(ValueError, match='another tokenizer'):
-    build.check_starting_point(same, store)
+    checks.check_starting_point(same, store)
 
 
 def test_weights_too_small_for_the_sampler_are_refused_before_the_run(store):

@@ -45,7 +45,7 @@ def limits(dtype: str) -> tuple[Callable[[int], Any], float, Callable[[int], Any
   """The device's ceilings, to be timed beside the contenders: (matrix product, its FLOPs, copy, bytes it moves)."""
   on_cpu = jax.default_backend() == 'cpu'
   n, elements = (1536, 2**25) if on_cpu else (8192, 2**30)
-  a = jnp.ones((n, n), dtype)
+  a = jax.random.normal(jax.random.key(0), (n, n), dtype)  # zeros or ones would draw less power, and so run faster
   # A product of float32 as float32: accelerators would round it.
   product = jax.jit(functools.partial(jnp.matmul, precision='highest' if dtype == 'float32' else None))
   x = jnp.ones((elements,), jnp.bfloat16)

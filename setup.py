@@ -31,6 +31,7 @@ EXTRAS = {
   'tpu': ['jax[tpu]>=0.10.2,<0.12'],
   'seqio': ['seqio>=0.0.20', 'apache-beam>=2.60', 'google-crc32c>=1.5', 'sentencepiece>=0.2.1,<0.2.3'],
   'eval': ['lm-eval>=0.4.13'],
+  'bench': ['torch>=2.5'],  # the peer of `datasel.bench step` and `attention`
   'demo': ['unearth>=0.17'],
   'test': ['datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'unearth>=0.17', 'zstandard>=0.22'],
   'dev': ['jupyterlab>=4', 'wandb>=0.19'],

@@ -16,8 +16,8 @@ def refusal(causal: bool, window: int | None, q_BxLxHxDh: jax.Array, segments: b
   Dh = q_BxLxHxDh.shape[-1]
   if segments:
     return 'document segments'
-  if q_BxLxHxDh.dtype not in (jnp.bfloat16, jnp.float16):
-    return f'{q_BxLxHxDh.dtype} inputs (only bfloat16 and float16)'
+  if q_BxLxHxDh.dtype != jnp.bfloat16:
+    return f'{q_BxLxHxDh.dtype} inputs (only bfloat16)'
   if Dh % 8 or Dh > 128:
     return f'head dimension {Dh} (only multiples of 8 up to 128)'
   if window is not None and not causal:
@@ -25,7 +25,8 @@ def refusal(causal: bool, window: int | None, q_BxLxHxDh: jax.Array, segments: b
   return ''
 
 
-def _attend(causal: bool, window: int | None, residual: bool):
+def attend(causal: bool, window: int | None, residual: bool):
+  """The library's function: (q, k, v) -> o, or with residuals (o, lse B x L x H)."""
   return lambda q, k, v: jax.nn.dot_product_attention(
     q, k, v, is_causal=causal, implementation='cudnn', return_residual=residual,
     local_window_size=None if window is None else (window - 1, 0))
@@ -33,11 +34,11 @@ def _attend(causal: bool, window: int | None, residual: bool):
 
 def forward(causal: bool, window: int | None, x: dict[str, jax.Array], segment_BxL: None, *,
             interpret: bool) -> list[jax.Array]:
-  o_BxLxHxDh, lse_BxLxH = _attend(causal, window, residual=True)(x['q'], x['k'], x['v'])
+  o_BxLxHxDh, lse_BxLxH = attend(causal, window, residual=True)(x['q'], x['k'], x['v'])
   return [o_BxLxHxDh, lse_BxLxH.transpose(0, 2, 1).astype(jnp.float32)]
 
 
 def backward(causal: bool, window: int | None, x: dict[str, jax.Array], segment_BxL: None, *,
              interpret: bool) -> list[jax.Array]:
-  _, pull = jax.vjp(_attend(causal, window, residual=False), x['q'], x['k'], x['v'])
+  _, pull = jax.vjp(attend(causal, window, residual=False), x['q'], x['k'], x['v'])
   return list(pull(x['do']))

@@ -1,6 +1,7 @@
 """What a position may see: a small description, never an L x L array on a fast path."""
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ class Mask:
   segment_BxL: jax.Array | None = None  # int32 document of each position, 0 = padding, which sees nothing
 
   def __post_init__(self):
-    if self.window is not None and self.window < 1:
-      raise ValueError(f'attention window {self.window}: want at least 1 (a position sees itself), or None')
+    window = self.window
+    if window is not None and (isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1):
+      raise ValueError(f'attention window {window!r}: want an integer of at least 1 (it sees itself), or None')
 
   def dense(self, length: int) -> jax.Array:
     """bool (B or 1) x L x L, [b, i, j] = position i sees position j: the truth for tests and the reference."""

@@ -43,20 +43,23 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
       return pad_to(x, 2, block).reshape(B, H, tiles, 1, block)
     return pad_to(x.transpose(0, 2, 1, 3), 2, block)
 
+  def at(b, i):
+    """Where a tile's range is in the prefetched vectors: flat, for a matrix's rows would each fill a line of SMEM."""
+    return i if first.shape[0] == 1 else b * tiles + i
+
   def met(b, i, s, first_ref, end_ref):
     """The tile of step s; past the end it stays on the last one, which costs no fetch."""
-    row = b if first.shape[0] > 1 else 0
-    return jnp.clip(first_ref[row, i] + s % steps, 0, jnp.maximum(end_ref[row, i] - 1, 0))
+    return jnp.clip(first_ref[at(b, i)] + s % steps, 0, jnp.maximum(end_ref[at(b, i)] - 1, 0))
 
   def index(side, vector):
-    def at(b, h, i, s, first_ref, end_ref):
+    def block_of(b, h, i, s, first_ref, end_ref):
       tile = i if side == which.owner else met(b, i, s, first_ref, end_ref)
       if side == which.owner:
         head = h
       else:
         head = h // G if side == 'keys' else h * G + s // steps
       return (b, head, tile, 0, 0) if vector else (b, head, tile, 0)
-    return at
+    return block_of
 
   def spec(name, side):
     if name in VECTORS:
@@ -64,9 +67,9 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
     return pl.BlockSpec((None, None, block, Dh), index(side, False))
 
   def segment_spec(side):
-    def at(b, h, i, s, first_ref, end_ref):
+    def block_of(b, h, i, s, first_ref, end_ref):
       return (b, i if side == which.owner else met(b, i, s, first_ref, end_ref), 0, 0)
-    return pl.BlockSpec((None, None, 1, block), at)
+    return pl.BlockSpec((None, None, 1, block), block_of)
 
   segments = ()
   if segment_BxL is not None:
@@ -78,7 +81,6 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
     q_refs, k_refs, refs = refs[:n_queries], refs[n_queries:n_queries + n_keys], refs[n_queries + n_keys:]
     out_refs, sums = refs[:n_out], refs[n_out:]
     b, i, s = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    row = b if first.shape[0] > 1 else 0
 
     def column(x):
       return x.reshape(1, block).T
@@ -91,9 +93,9 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
       for ref, x in zip(sums, which.start(block, Dh)):
         ref[...] = x
 
-    m = first_ref[row, i] + s % steps
+    m = first_ref[at(b, i)] + s % steps
 
-    @pl.when(m < end_ref[row, i])
+    @pl.when(m < end_ref[at(b, i)])
     def _():
       n, c = (i, m) if which.owner == 'queries' else (m, i)
       along = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (block, 1) if axis == 0 else (1, block), axis)
@@ -126,6 +128,6 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array], segment_B
     compiler_params=pltpu.CompilerParams(dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')),
     cost_estimate=which.cost(visible, operands),
     name=f'flash_{"_".join(name for name, _ in which.outputs)}')(
-      first, end, *segments, *map(prepare, which.queries), *map(prepare, which.keys))
+      first.reshape(-1), end.reshape(-1), *segments, *map(prepare, which.queries), *map(prepare, which.keys))
   return [x.reshape(B, H, padded)[:, :, :L] if like == 'lse' else x[:, :, :L].transpose(0, 2, 1, 3)
           for x, (_, like) in zip(results, which.outputs)]

@@ -12,6 +12,7 @@ What computes a primitive is decided when it is lowered, by the platform that it
 compiles for a CPU, a GPU or a TPU that this process does not have.
 """
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -20,10 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import dispatch
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from datasel.attention import blockwise, cudnn, pallas_gpu, pallas_tpu, splash, tiles
 
@@ -135,11 +137,17 @@ def _resolve(which: Map, call: Call, platform: str, x: Operands, segment_BxL: ja
   return name
 
 
-def _compute(*values: jax.Array, which: Map, call: Call, platform: str) -> list[jax.Array]:
-  """A map's value, on each device's own rows and heads."""
+def _compute(*values: jax.Array, which: Map, call: Call, platform: str, whole: bool) -> list[jax.Array]:
+  """A map's value, on each device's own rows and heads; not `whole`: the compiler is to split it over devices."""
   names = which.operands + ('segment',) * (len(values) - len(which.operands))
   x = dict(zip(names, values))
   name = _resolve(which, call, platform, x, x.get('segment'))
+  if not whole and call.layout is None and platform in _DEVICES and name != 'blockwise':
+    if call.implementation != 'auto':
+      raise ValueError(f'attention {call.implementation!r} is a kernel, which the compiler cannot split over devices: '
+                       'call it inside datasel.sharding.use(mesh) or in a shard_map over all axes of the mesh, or use '
+                       "implementation='auto' or 'blockwise'")
+    name = 'blockwise'
 
   def local(*values):
     x = dict(zip(names, values))
@@ -173,9 +181,9 @@ def _primitive(which: Map) -> Primitive:
     return [of((B, H, L), jnp.float32) if name == 'lse' else of(like[name].shape, like[name].dtype)
             for _, name in which.results]
 
-  @primitive.def_impl
-  def eager(*values, call):
-    return jax.jit(functools.partial(primitive.bind, call=call))(*values)
+  primitive.def_impl(jax.jit(primitive.bind, static_argnames='call'))
+  # cuDNN's lowering, met inside ours, must know the devices.
+  dispatch.prim_requires_devices_during_lowering.add(primitive)
 
   for platform in (None, 'cpu', 'cuda', 'tpu'):
     compute = functools.partial(_compute, which=which, platform=platform or 'any other')
@@ -193,21 +201,28 @@ def _primitive(which: Map) -> Primitive:
   return primitive
 
 
-# Pallas asks which chip it lowers for: this one, where neither the process nor a mesh has any (`jax.export`).
+# Pallas asks which chip it lowers for: this one, where neither the process nor a mesh has any.
 _DEVICES = {'cuda': AbstractDevice('NVIDIA H200', 132, 'gpu'), 'tpu': AbstractDevice('TPU v5e', 1, 'tpu')}
 
 
 def _lower(compute: Callable, platform: str | None, ctx: mlir.LoweringRuleContext, *values, **params):
   # What computes it is each device's own business: its types need not say over which axes they differ.
   plain = lambda avals: [jax.core.ShapedArray(a.shape, a.dtype) for a in avals]
+  axes = ctx.module_context.axis_context
   ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
-  lowering = functools.partial(mlir.lower_fun(compute, multiple_results=True), ctx, *values, **params)
+  # One device, or inside a `shard_map` that leaves no axis to the compiler.
+  whole = (set(axes.manual_axes) == set(axes.mesh.axis_names) if hasattr(axes, 'manual_axes')
+           else getattr(axes, 'num_devices', 1) == 1)
+  lowering = functools.partial(mlir.lower_fun(functools.partial(compute, whole=whole), multiple_results=True), ctx,
+                               *values, **params)
   device = _DEVICES.get(platform)
-  if platform == 'cuda':
-    warnings.filterwarnings('ignore', 'The Pallas Triton backend is deprecated')  # still the only one that fits here
-  if device is None or jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0].platform == device.platform:
-    return lowering()
-  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+  with contextlib.ExitStack() as stack:
+    if platform == 'cuda':  # deprecated, but still the only backend of Pallas that has what these kernels need
+      stack.enter_context(warnings.catch_warnings())
+      warnings.filterwarnings('ignore', 'The Pallas Triton backend is deprecated')
+    if device and not (jax.sharding.get_abstract_mesh().abstract_device
+                       or jax.devices()[0].platform == device.platform):
+      stack.enter_context(jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)))
     return lowering()
 
 
@@ -272,7 +287,15 @@ ad.primitive_transposes[backward_tangent_p] = _refuse('reverse over reverse')
 def flash(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Array, segment_BxL: jax.Array | None,
           call: Call) -> jax.Array:
   """Attention's output, B x L x H x Dh."""
-  operands = [x for x in (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_BxL) if x is not None]
+  operands = [jnp.asarray(x) for x in (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_BxL) if x is not None]
+  if AxisType.Explicit in jax.typeof(q_BxLxHxDh).sharding.mesh.axis_types:
+    # Types carry shardings there; inside, shardings are the compiler's business again.
+    alike = jax.typeof(q_BxLxHxDh).sharding
+    return jax.sharding.auto_axes(functools.partial(_bind, call), out_sharding=alike)(*operands)
+  return _bind(call, *operands)
+
+
+def _bind(call: Call, *operands: jax.Array) -> jax.Array:
   varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
   alike = [jax.lax.pcast(x, tuple(varying - jax.typeof(x).manual_axis_type.varying), to='varying') for x in operands]
   return forward_p.bind(*alike, call=call)[0]

@@ -24,17 +24,17 @@ def _kernel(causal: bool, window: int | None, length: int, heads: int, residuals
       mask=splash_attention.MultiHeadMask([one] * heads), save_residuals=residuals, interpret=interpret)
 
 
-def _attend(causal: bool, window: int | None, segment_BxL: jax.Array | None, residuals: bool, interpret: bool):
-  """(q, k, v) B x L x H x Dh -> o, or with residuals (o, lse B x H x L)."""
+def attend(causal: bool, window: int | None, segment_BxL: jax.Array | None, residuals: bool, interpret: bool):
+  """The library's function: (q, k, v) B x L x H x Dh -> o, or with residuals (o, lse B x H x L)."""
 
-  def attend(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh):
+  def kernel_of(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh):
     B, L, H, Dh = q_BxLxHxDh.shape
     K = k_BxLxKxDh.shape[2]
     # A segment of its own for what is appended, as for padding; both are zeroed by the caller.
     segment = jnp.ones((B, L), jnp.int32) if segment_BxL is None else segment_BxL
     segment = pad_to(segment, 1, _LANES)
     by_head = lambda x, n: pad_to(x.transpose(0, 2, 1, 3), 2, _LANES).reshape(B, K, n, -1, Dh)
-    q = by_head(q_BxLxHxDh * jnp.asarray(Dh**-0.5, q_BxLxHxDh.dtype), H // K)
+    q = by_head((q_BxLxHxDh.astype(jnp.float32) * Dh**-0.5).astype(q_BxLxHxDh.dtype), H // K)
     k, v = by_head(k_BxLxKxDh, 1)[:, :, 0], by_head(v_BxLxKxDh, 1)[:, :, 0]
     kernel = _kernel(causal, window, q.shape[3], H // K, residuals, interpret)
     ids = splash_attention.SegmentIds(segment, segment)
@@ -45,7 +45,7 @@ def _attend(causal: bool, window: int | None, segment_BxL: jax.Array | None, res
     o, (lse,) = out
     return back(o), lse.reshape(B, H, -1)[:, :, :L]
 
-  return attend
+  return kernel_of
 
 
 def _real(segment_BxL: jax.Array | None, x_BxLxHxDh: jax.Array) -> jax.Array:
@@ -57,11 +57,11 @@ def _real(segment_BxL: jax.Array | None, x_BxLxHxDh: jax.Array) -> jax.Array:
 
 def forward(causal: bool, window: int | None, x: dict[str, jax.Array], segment_BxL: jax.Array | None, *,
             interpret: bool) -> list[jax.Array]:
-  o_BxLxHxDh, lse_BxHxL = _attend(causal, window, segment_BxL, True, interpret)(x['q'], x['k'], x['v'])
+  o_BxLxHxDh, lse_BxHxL = attend(causal, window, segment_BxL, True, interpret)(x['q'], x['k'], x['v'])
   return [_real(segment_BxL, o_BxLxHxDh), lse_BxHxL]
 
 
 def backward(causal: bool, window: int | None, x: dict[str, jax.Array], segment_BxL: jax.Array | None, *,
              interpret: bool) -> list[jax.Array]:
-  _, pull = jax.vjp(_attend(causal, window, segment_BxL, False, interpret), x['q'], x['k'], x['v'])
+  _, pull = jax.vjp(attend(causal, window, segment_BxL, False, interpret), x['q'], x['k'], x['v'])
   return list(pull(_real(segment_BxL, x['do'])))

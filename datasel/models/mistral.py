@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from datasel import sharding
 from datasel.attention import Mask, attention
@@ -201,7 +200,6 @@ class _Block(nnx.Module):
     v_BxLxKxDh = product('bld,dhk->blhk', h_BxLxD, self.value)
     q_BxLxHxDh = sharding.constrain(q_BxLxHxDh, 'batch', 'length', 'heads', 'head_dim')
     seen_BxLxHxDh = attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask, implementation=model.attention)
-    seen_BxLxHxDh = checkpoint_name(seen_BxLxHxDh, 'attention')
     x_BxLxD = x_BxLxD + product('blhk,hkd->bld', seen_BxLxHxDh, self.out)
     x_BxLxD = sharding.constrain(x_BxLxD, 'batch', 'length', 'residual')
 

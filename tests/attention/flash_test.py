@@ -1,5 +1,6 @@
 """Flash attention against the reference: values, gradients, tangents and Hessian-vector products, over all shapes."""
 
+import contextlib
 import functools
 
 import jax
@@ -136,6 +137,34 @@ def test_memory_grows_with_the_length_not_its_square():
   assert memory('reference', 4096) > 10 * long  # what the law is about
 
 
+@pytest.mark.parametrize('implementation', OWN)
+@pytest.mark.parametrize('window', [24, 25, 2**31 - 1, 2**40])
+def test_windows_as_long_as_the_row_or_longer_are_no_windows(window, implementation):
+  q, k, v = SMALL.inputs()
+  np.testing.assert_array_equal(attention(q, k, v, Mask(window=window), implementation=implementation),
+                                attention(q, k, v, implementation=implementation))
+
+
+def test_a_second_call_outside_jit_compiles_nothing():
+  q, k, v = SMALL.inputs()
+  run = lambda: jax.grad(lambda q: attention(q, k, v).sum())(q)
+  run()
+  with count_compilations() as compilations:
+    run()
+  assert not compilations
+
+
+@contextlib.contextmanager
+def count_compilations():
+  events = []
+  listener = lambda event, seconds, **_: events.append(event) if 'backend_compile' in event else None
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    yield events
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+
+
 @pytest.mark.parametrize(('implementation', 'segments', 'dtype', 'why'), [
   ('cudnn', None, 'float32', 'float32'), ('cudnn', jnp.ones((2, 24), jnp.int32), 'bfloat16', 'document segments'),
   ('cudnn', None, 'bfloat16', 'not on cpu'), ('flash', None, 'float32', 'unknown attention')])
@@ -156,4 +185,3 @@ def test_derivatives_that_flash_does_not_have_name_the_reference():
       derivative(loss('blockwise'))
   with pytest.raises(ValueError, match="'splash' has gradients only.*'auto', 'pallas' or 'blockwise'"):
     jax.jvp(loss('splash'), (q,), (q_t,))
-

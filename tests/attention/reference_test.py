@@ -96,7 +96,7 @@ def test_scores_far_apart_stay_finite():
   assert np.isfinite(out) and np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize('window', [0, -1])
+@pytest.mark.parametrize('window', [0, -1, 2.5, True])
 def test_windows_without_a_place_are_refused(window):
   with pytest.raises(ValueError, match=f'window {window}.*at least 1'):
     Mask(window=window)

@@ -1,13 +1,16 @@
 """Flash attention over several devices, and lowered for machines that are not here."""
 
 
+import contextlib
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from datasel import sharding
+from datasel import absent, sharding
 from datasel.attention import Mask, attention
 from datasel.attention.shapes import Case
 
@@ -51,11 +54,11 @@ def test_a_mesh_in_use_splits_rows_and_heads_without_communication(sizes, implem
     with sharding.use(mesh):
       return derivatives(attend(implementation))(*operands)
 
-  compiled = jax.jit(laid_out).lower(*operands).compile()
-  ours = jax.block_until_ready(compiled(*operands))
+  program = jax.jit(laid_out).lower(*operands).compile()
+  ours = jax.block_until_ready(program(*operands))
   assert_close(ours, expected())
   assert ours[0].sharding.is_equivalent_to(NamedSharding(mesh, SPEC), 4)
-  text = compiled.as_text()
+  text = program.as_text()
   assert not any(f' {collective}(' in text for collective in ('all-gather', 'all-to-all', 'collective-permute'))
 
 
@@ -79,11 +82,32 @@ def test_under_gspmd_alone(implementation):
   assert_close(jax.block_until_ready(ours), expected())
 
 
+@pytest.mark.parametrize('implementation', ('blockwise', 'pallas_tpu'))
+def test_on_a_mesh_of_explicit_axes(implementation):
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+  place = NamedSharding(mesh, PartitionSpec('x', None, 'y'))
+
+  def gradients_and_products(q, k, v):
+    f = jax.grad(lambda *x: jnp.square(attention(*x, implementation=implementation)).sum(), (0, 1, 2))
+    return jax.jvp(f, (q, k, v), (jnp.cos(q), v, k))
+
+  want = jax.jit(gradients_and_products)(*CASE.inputs())
+  with jax.set_mesh(mesh):
+    ours = jax.jit(gradients_and_products)(*(jax.device_put(x, place) for x in CASE.inputs()))
+  assert ours[0][0].sharding.is_equivalent_to(place, 4)
+  assert_close(jax.block_until_ready(ours), want)
+
+
 def test_heads_split_otherwise_than_key_heads_are_refused():
   mesh = sharding.make_mesh(tensor=4)
   rules = dict(sharding.RULES) | {'kv_heads': None}
   with sharding.use(mesh, rules), pytest.raises(ValueError, match="'kv_heads' on None.*implementation='blockwise'"):
     attend('pallas')(*CASE.inputs(), None)
+
+
+def test_rows_that_do_not_divide_are_refused():
+  with sharding.use(sharding.make_mesh(data=4)), pytest.raises(ValueError, match="3 rows.*implementation='blockwise'"):
+    attend('pallas')(*(x[:3] for x in CASE.inputs()), None)
 
 
 @pytest.mark.parametrize(('platform', 'mark'), [('tpu', 'tpu_custom_call'), ('cuda', 'triton')])
@@ -97,3 +121,48 @@ def test_kernels_lower_for_a_device_that_is_not_here(platform, mark, dtype):
   assert text.count(mark) == 4
 
 
+@pytest.fixture
+def v5e():
+  """Four TPU chips that are not here; the compiler for them comes with the extra `tpu`, which CI installs."""
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('needs libtpu (the extra tpu)')
+  return absent.devices('v5e:2x2')[1]
+
+
+def compiled(function, mesh, case, *, use, size='full', spec=SPEC):
+  place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  operands = [place(x, spec) for x in jax.eval_shape(lambda: case.inputs('bfloat16', size))]
+
+  def laid_out(*operands):
+    with sharding.use(mesh) if use else contextlib.nullcontext():
+      return function(*operands)
+
+  return jax.jit(laid_out).trace(*operands).lower(lowering_platforms=('tpu',)).compile()
+
+
+def product(implementation):
+  gradients = jax.grad(lambda *x: attention(*x, implementation=implementation).astype(jnp.float32).sum(), (0, 1, 2))
+  return lambda *qkv: jax.jvp(gradients, qkv, qkv)[1]
+
+
+def test_kernels_compile_for_tpus_and_their_memory_grows_with_the_length(v5e):
+  mesh = sharding.make_mesh(data=2, tensor=2, devices=v5e)
+  for length in (8192, 32768):
+    memory = compiled(product('pallas'), mesh, Case('', 4, 2, 128, (4, length), (0, 0)), use=True).memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * memory.argument_size_in_bytes  # no more than a few arrays like q
+
+
+def test_many_packed_rows_compile_for_tpus(v5e):
+  """Each row has its own ranges of tiles, in a TPU's small scalar memory."""
+  mesh = sharding.make_mesh(devices=v5e[:1])
+  case = Case('', 1, 1, 64, (2048, 256), (0, 0))
+  segment = jnp.ones((2048, 256), jnp.int32)
+  compiled(lambda q, k, v: attention(q, k, v, Mask(segment_BxL=segment)), mesh, case, use=True)
+
+
+def test_what_the_compiler_must_split_itself_is_left_to_blockwise_on_tpus(v5e):
+  mesh, case = sharding.make_mesh(data=2, tensor=2, devices=v5e), Case('', 4, 2, 128, (4, 1024), (0, 0))
+  assert 'tpu_custom_call' not in compiled(product('auto'), mesh, case, use=False).as_text()
+  assert 'tpu_custom_call' in compiled(product('auto'), mesh, case, use=True).as_text()
+  with pytest.raises(ValueError, match='cannot split over devices'):
+    compiled(product('pallas'), mesh, case, use=False)

@@ -65,6 +65,7 @@ def second_order(per_example_loss: Callable, params: Tree, direction: Tree, weig
   gradient then has their 8 bits: keep parameters in float32 and compute in bfloat16 instead.
   """
   _check_direction(params, direction, 'direction')
+  weights_B = jnp.asarray(weights_B)
   _check_rows(weights_B, batch, microbatches)
 
   def part(rows):
@@ -108,8 +109,8 @@ def tree_vdot(a: Tree, b: Tree) -> jax.Array:
   _check_like(a, b, 'b', dtypes=False)
 
   def dot(x, y):
-    dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
-    return (x.astype(dtype) * y.astype(dtype)).sum()
+    dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+    return (jnp.asarray(x, dtype) * jnp.asarray(y, dtype)).sum()
 
   return sum(jax.tree.leaves(jax.tree.map(dot, a, b)), start=jnp.zeros((), jnp.float32))
 
@@ -152,8 +153,8 @@ def _check_rows(weights_B: jax.Array, batch: Tree, microbatches: int) -> None:
   for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
     if jnp.shape(leaf)[:1] != (B,):
       raise ValueError(f'batch{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}; want {B} rows, as in weights_B')
-  if microbatches < 1 or B % microbatches:
-    raise ValueError(f'{microbatches} micro-batches do not divide the batch of {B} rows; choose a divisor of it')
+  if not isinstance(microbatches, int) or microbatches < 1 or B % microbatches:
+    raise ValueError(f'{microbatches!r} micro-batches do not divide the batch of {B} rows; choose a divisor of it')
 
 
 def _checked(losses_B: jax.Array) -> jax.Array:

@@ -9,8 +9,9 @@ import datasets
 import numpy as np
 import pytest
 
+from datasel.attention.shapes import CASES
 from datasel.bench import __main__ as bench
-from datasel.bench import data
+from datasel.bench import attention, data, step
 from datasel.data import mixture, sampler
 
 SMALL = dict(length=64, batch_size=4, batches=3, repeats=2, domains=10, max_bytes_per_domain=20_000)
@@ -76,3 +77,38 @@ def test_an_unknown_benchmark_is_refused(capsys):
   with pytest.raises(SystemExit):
     bench.main(['dta'])
   assert "invalid choice: 'dta'" in capsys.readouterr().err
+
+
+def test_attention_counts_the_pairs_that_see_each_other():
+  for case in CASES.values():
+    B, L, *_ = case.shape()
+    assert case.pairs() == int(np.broadcast_to(case.mask().dense(L), (B, L, L)).sum())
+
+
+def test_attention_figures_follow_from_the_times():
+  result = attention.run(cases='ragged', size='small', repeats=1, kinds='forward,hessian_product')
+  assert [row['kind'] for row in result['rows']] == ['forward', 'hessian_product']
+  row, text = result['rows'][0], attention.table(result)
+  B, L, H, _, Dh = row['shape']
+  assert row['flops'] == 2 * 2 * B * H * Dh * L * (L + 1) / 2  # two products, two operations each, causal pairs
+  for name in ('auto', 'reference'):
+    share = 100 * row['flops'] / row['seconds'][name] / result['product_flops']
+    assert f'  {name:30s} {1e3 * row["seconds"][name]:10.2f} ms' in text and f'{share:7.1f}% of' in text
+
+
+@pytest.mark.parametrize('argument', ['--size=huge', '--dtype=int8', '--cases=causal,nothing', '--repeats=0'])
+def test_attention_options_that_do_not_exist_are_refused(argument):
+  with pytest.raises(SystemExit, match='datasel.bench: (unknown|repeats)'):
+    bench.main(['attention', argument])
+
+
+def test_step_figures_follow_from_the_times_and_say_when_the_peer_is_missing(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'torch', None)
+  result = step.run(preset='smoke', batch_size=2, length=16, repeats=1)
+  row, = result['rows'].values()
+  work = step.PRESETS['smoke'].flops_per_token(16) * 32
+  np.testing.assert_allclose([row['tokens_per_second'], row['mfu'], row['normalised_mfu']], [
+    32 / row['seconds'], work / row['seconds'] / result['peak_flops'], work / row['seconds'] / result['product_flops']])
+  assert 'transformers MistralForCausalLM: not here (' in step.table(result)
+  with pytest.raises(ValueError, match="unknown preset 'pds'"):
+    step.run(preset='pds')

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
     one.add_argument('--json', metavar='FILE', help='also write the result, with date, command and machine')
     for option in inspect.signature(module.run).parameters.values():
       kind = type(option.default)
-      read = (lambda text: {'true': True, 'false': False}[text.lower()]) if kind is bool else kind
-      one.add_argument(f'--{option.name}', type=read, default=option.default, help=f'default {option.default!r}')
+      form = {'action': argparse.BooleanOptionalAction} if kind is bool else {'type': kind}
+      one.add_argument(f'--{option.name}', default=option.default, help=f'default {option.default!r}', **form)
   options = vars(parser.parse_args(argv))
   name, path = options.pop('name'), options.pop('json')
   benchmark = BENCHMARKS[name]

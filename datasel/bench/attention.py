@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from datasel.attention import attention
+from datasel.attention import attention, cudnn, splash
 from datasel.attention.shapes import CASES, Case
 from datasel.bench import timing
 
@@ -21,14 +21,18 @@ from datasel.bench import timing
 _PRODUCTS = {'forward': 2, 'gradient': 2 + 5, 'hessian_product': 2 + 5 + 12}
 
 
+_COMPLETE = ('auto', 'pallas', 'blockwise', 'reference')  # ours, that must run whatever is asked
+
+
 def run(*, cases: str = 'causal,grouped,packed,window,long', dtype: str = '', size: str = '', repeats: int = 5,
         kinds: str = 'forward,gradient,hessian_product') -> dict[str, Any]:
   """Median seconds of every contender; `dtype` and `size` default to bfloat16 and full, on a CPU float32 and medium."""
   on_cpu = jax.default_backend() == 'cpu'
   dtype, size = dtype or ('float32' if on_cpu else 'bfloat16'), size or ('medium' if on_cpu else 'full')
-  unknown = sorted(set(cases.split(',')) - CASES.keys()) + sorted(set(kinds.split(',')) - _PRODUCTS.keys())
-  if unknown:
-    raise ValueError(f'unknown {unknown}; cases: {", ".join(CASES)}; kinds: {", ".join(_PRODUCTS)}')
+  for asked, known in ((cases, CASES), (kinds, _PRODUCTS), (dtype, ('float32', 'bfloat16')),
+                       (size, ('small', 'medium', 'full'))):
+    if unknown := sorted(set(asked.split(',')) - set(known)):
+      raise ValueError(f'unknown {", ".join(unknown)}; known: {", ".join(known)}')
   product, flops, copy, moved = timing.limits(dtype)
   ceiling = timing.take_turns({'product': product, 'copy': copy}, repeats=repeats)
   result = {'device': f'{jax.devices()[0].device_kind}, jax {jax.__version__}', 'dtype': dtype, 'size': size,
@@ -41,10 +45,12 @@ def run(*, cases: str = 'causal,grouped,packed,window,long', dtype: str = '', si
       contenders, absent = {}, {}
       for contender, make in _contenders(case, size, dtype, kind).items():
         try:
-          contenders[contender] = make(kind, operands)
-          contenders[contender](1)
+          run_it = make(kind, operands)
+          run_it(1)
+          contenders[contender] = run_it
         except Exception as e:  # another library may refuse a shape, a derivative or this device in its own way
-          contenders.pop(contender, None)
+          if contender in _COMPLETE:
+            raise
           absent[contender] = (str(e).strip().splitlines() or [type(e).__name__])[0][:100]
       taken = timing.take_turns(contenders, repeats=repeats)
       work = _PRODUCTS[kind] * 2.0 * case.pairs(size) * operands[0].shape[2] * case.head_dim
@@ -79,8 +85,11 @@ def _contenders(case: Case, size: str, dtype: str, kind: str) -> dict[str, Calla
   contenders = {name: of(functools.partial(attention, mask=mask, implementation=name)) for name in ours}
   if backend == 'gpu':
     contenders["jax's Pallas kernel"] = of(functools.partial(_jax_gpu_kernel, mask))
+    if mask.segment_BxL is None:
+      contenders['jax.nn with cuDNN'] = of(cudnn.attend(mask.causal, mask.window, False))
   if backend == 'tpu':
     contenders["jax's Pallas kernel"] = of(functools.partial(_jax_tpu_kernel, mask))
+    contenders["jax's splash"] = of(splash.attend(mask.causal, mask.window, mask.segment_BxL, False, False))
   if kind != 'hessian_product':
     contenders['PyTorch SDPA'] = functools.partial(_torch_contender, _sdpa, mask, dtype)
     if backend == 'gpu':  # its CPU kernels have no gradient

@@ -16,6 +16,8 @@ def take_turns(contenders: Mapping[str, Callable[[int], Any]], *, repeats: int,
 
   It returns when all is done.  Fast ones are called often enough in a row to fill `seconds`.
   """
+  if repeats < 1:
+    raise ValueError(f'repeats is {repeats}, want at least 1')
   taken: dict[str, list[float]] = {name: [] for name in contenders}
   calls = {}
   for name, run in contenders.items():

@@ -73,6 +73,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     fail(f'{stray} are not flags of datasel.main; want --FLAG=VALUE, all of them after --')
   values = dict(flag[2:].split('=', 1) for flag in run_flags if '=' in flag)
   config, workdir = values.get('config', ''), values.get('workdir', '')
+  config = config.rsplit(':', 1)[0]  # X.py:smoke is the file X.py, called with smoke
   if not config or pathlib.PurePath(config).is_absolute() or not (REPO / config).is_file():
     fail(f'--config={config}: want, after --, a config file in {REPO}, by its path in there: the image has the same')
   if not pathlib.PurePosixPath(workdir).is_relative_to(options.mount) or not workdir.startswith('/'):
@@ -82,10 +83,13 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def hosts(topology: str) -> tuple[str, str, int, int]:
-  """'v5p:4x4x8' -> (kind, shape, hosts, chips on each)."""
+  """'v5p:4x4x8' -> (kind, shape, hosts, chips on each); plain 'h200' is one GPU."""
   kind, _, shape = topology.partition(':')
+  if topology in GPUS:
+    shape = '1'
   if kind not in TPUS | GPUS or not re.fullmatch(r'\d+(x\d+)*', shape):
-    fail(f'--topology={topology}: want KIND:SHAPE, such as v5p:4x4x8 or h200:16; known kinds: {sorted(TPUS | GPUS)}')
+    fail(f'--topology={topology}: want KIND:SHAPE, such as v5p:4x4x8, h200 or h200:16; known kinds: '
+         f'{sorted(TPUS | GPUS)}')
   chips = math.prod(map(int, shape.split('x')))
   single = {'v5e': 8, 'v6e': 8, 'h100': 8, 'h200': 8}.get(kind, 4)  # the largest host that stands alone
   each = chips if chips <= single else 8 if kind in GPUS else 4
@@ -145,7 +149,9 @@ def xpk(options: argparse.Namespace, run: list[str]) -> list[str]:
   _, name, units = TPUS[kind]
   return ['xpk', 'workload', 'create', f'--cluster={options.xpk}', f'--workload={options.name}',
           f'--tpu-type={name}-{units * n_hosts * each}', '--num-slices=1', f'--docker-image={options.image}',
-          f'--max-restarts={options.max_restarts}', f'--command=cd /datasel && exec {shlex.join(run)}']
+          f'--max-restarts={options.max_restarts}',
+          '--restart-on-exit-codes=1',  # by itself it restarts only what a signal or a lost node has ended
+          f'--command=cd /datasel && exec {shlex.join(run)}']
 
 
 def fail(message: str) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs a config on all GPUs of this host, in one process.
-#   bash launch/gpu_host.sh --topology=h200:8 [--dry-run] -- --config=configs/X.py --workdir=/DIR [--config.KEY=VALUE ...]
+#   bash launch/gpu_host.sh --topology=h200[:8] [--dry-run] -- --config=configs/X.py --workdir=/DIR [--config.KEY=VALUE ...]
 # The same command goes on where it was.  For a host that may be preempted and comes back: the line in `crontab -e` after
 # @reboot, and --workdir on a disk that stays.  --dry-run prints what would run.
 set -euo pipefail
@@ -17,8 +17,8 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   esac
   shift
 done
-count_chips
-case "$kind" in h100 | h200) ;; *) fail "--topology=$topology is no GPU; known: h100:N, h200:N" ;; esac
+count_gpus
+[ "$chips" -le 8 ] || fail "--topology=$topology: one host has at most 8 GPUs; launch/slurm.sh is for several hosts"
 cd "$repo"
 read_run_flags "${@:2}"
 

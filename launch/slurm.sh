@@ -22,10 +22,11 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   esac
   shift
 done
-count_chips
-case "$kind" in h100 | h200) ;; *) fail "--topology=$topology is no GPU; known: h100:N, h200:N" ;; esac
+count_gpus
 [[ "$nodes" =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$nodes: want the number of hosts"
 [ $((chips % nodes)) -eq 0 ] || fail "$chips GPUs are not equally many on each of $nodes nodes; change one of them"
+[ "$chips" -le 8 ] || [ $((chips % 8)) -eq 0 ] \
+  || fail "--topology=$topology: $chips GPUs do not fill hosts of 8, as the gate wants; ask for up to 8, or 16, 24"
 cd "$repo"
 read_run_flags "${@:2}"
 

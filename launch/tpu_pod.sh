@@ -64,11 +64,8 @@ tar -xzf datasel.tgz -C datasel
 cd datasel
 repo="\$PWD"
 . launch/environment.sh
-if ! PYTHON="\$(find_python 2>/dev/null)"; then  # the images bring an older one
-  python3 -m pip install --quiet --user uv
-  python3 -m uv python install --quiet 3.12
-  PYTHON="\$(python3 -m uv python find 3.12)"
-fi
+. launch/launcher.sh
+have_python
 make_environment "\$repo/.venv-tpu" tpu
 echo \$\$ > "\$HOME/datasel.pid"
 exec .venv-tpu/bin/python -m datasel.main $(quoted "${run_flags[@]}" --distributed)
@@ -121,7 +118,7 @@ finish() {  # finish STATUS
   exit "$1"
 }
 
-queue="$(queue_state)" short_attempts=0
+queue="$(queue_state)" fruitless=0
 while :; do
   case "$queue/$(node_state)" in
     /*) "${create[@]}" ;;
@@ -131,12 +128,16 @@ while :; do
       [ "$status" -ne 0 ] || finish 0
       sleep "$poll"
       if [ "$(queue_state)/$(node_state)" = ACTIVE/READY ]; then  # it was not a preemption
+        fruitless=$((fruitless + 1))
         case "$status" in
-          143 | 255) echo "a host stopped, or its connection was lost (exit status $status); going on" >&2 ;;
-          *) echo "error: the run failed (exit status $status, see above)" >&2; finish "$status" ;;
+          2) echo "error: the run refuses its input (see above)" >&2; finish 2 ;;
+          134 | 143 | 255)  # jax aborts (134) when another host is late or dies
+            echo "a host stopped, or its connection was lost (exit status $status); going on" >&2
+            [ $((SECONDS - began)) -le 300 ] || fruitless=0 ;;
+          # However long it took: an error that comes back after hours of work must not be paid for without end.
+          *) echo "the run failed (exit status $status, see above); going on from its last checkpoint" >&2 ;;
         esac
-        [ $((SECONDS - began)) -gt 300 ] && short_attempts=0 || short_attempts=$((short_attempts + 1))
-        [ "$short_attempts" -lt 5 ] || { echo "error: five attempts in a row ended at once" >&2; finish "$status"; }
+        [ "$fruitless" -lt 5 ] || { echo "error: five attempts failed, or ended at once" >&2; finish "$status"; }
       fi ;;
     SUSPENDED/* | */PREEMPTED | */TERMINATED)
       echo "$name was preempted; queueing another slice, the run goes on from its last checkpoint" >&2

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
@@ -40,16 +41,16 @@ class Stage:
     shutil.copytree(ROOT / 'launch', self.checkout / 'launch', ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copytree(ROOT / 'configs', self.checkout / 'configs', ignore=shutil.ignore_patterns('__pycache__'))
     shutil.copy(ROOT / 'setup.py', self.checkout)
-    for extra in ('tpu', 'cuda'):
-      self.environment(self.checkout, extra)
+    for name, extra in (('tpu', 'tpu'), ('cuda', 'cuda'), ('colab', 'tpu,demo')):
+      self.environment(self.checkout, name, extra)
     for name in PLAYED:
       _script(folder / 'bin' / name, PLAYER)
     (folder / 'elsewhere').mkdir()
 
-  def environment(self, checkout, extra):
+  def environment(self, checkout, name, extra):
     """A current one, whose Python is played too."""
-    _script(checkout / f'.venv-{extra}/bin/python', PLAYER)
-    (checkout / f'.venv-{extra}/.datasel-stamp').write_text(_stamp(checkout).replace(' demo ', f' {extra} '))
+    _script(checkout / f'.venv-{name}/bin/python', PLAYER)
+    (checkout / f'.venv-{name}/.datasel-stamp').write_text(_stamp(checkout).replace(' demo ', f' {extra} '))
 
   def run(self, launcher, *arguments, play=None, path=None, **variables):
     self.notes.unlink(missing_ok=True)
@@ -71,7 +72,9 @@ def stage(tmp_path):
 POD = ['--name=pod', '--zone=z', '--topology=v5p:4x4x8', '--poll=0']
 SLURM = ['--topology=h200:32', '--nodes=4']
 GKE = ['--name=set', '--image=image', '--topology=v5p:4x4x8', '--claim=disk']
-LAUNCHERS = {'tpu_pod.sh': POD, 'slurm.sh': SLURM, 'gpu_host.sh': ['--topology=h200:8'], 'gke_jobset.py': GKE}
+COLAB = ['--topology=v5e:1x1', '--drive=/shared']
+LAUNCHERS = {'tpu_pod.sh': POD, 'slurm.sh': SLURM, 'gpu_host.sh': ['--topology=h200:8'], 'gke_jobset.py': GKE,
+             'colab.sh': COLAB}
 
 
 def topology(own):
@@ -85,8 +88,8 @@ def gate_of(own, flags=GATE):
 @pytest.mark.parametrize('launcher', LAUNCHERS)
 def test_a_dry_run_says_everything_and_does_nothing(stage, launcher):
   """From another folder, with neither gcloud nor an environment there; what it prints reads back as it was given."""
-  shutil.rmtree(stage.checkout / '.venv-tpu')
-  shutil.rmtree(stage.checkout / '.venv-cuda')
+  for environment in stage.checkout.glob('.venv-*'):
+    shutil.rmtree(environment)
   before = sorted(stage.folder.rglob('*'))
   done, calls = stage.run(launcher, *LAUNCHERS[launcher], '--dry-run', '--', *AWKWARD, path='/usr/bin:/bin')
   assert done.returncode == 0, done.stderr
@@ -96,8 +99,29 @@ def test_a_dry_run_says_everything_and_does_nothing(stage, launcher):
   assert gate[0] == 'python' and sorted(gate[1:]) == sorted(gate_of(LAUNCHERS[launcher]))
 
 
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+def test_a_config_file_may_be_called_with_an_argument(stage, launcher):
+  smoke = f'{CONFIG}:smoke'
+  done, _ = stage.run(launcher, *LAUNCHERS[launcher], '--dry-run', '--', smoke, '--workdir=/shared/x')
+  assert done.returncode == 0, done.stderr
+  assert smoke in shlex.split(done.stdout.splitlines()[0]) and done.stdout.count(smoke) >= 2
+  done, _ = stage.run(launcher, *LAUNCHERS[launcher], '--dry-run', '--', f'{CONFIG}x:smoke', '--workdir=/shared/x')
+  assert done.returncode == 2 and f'{CONFIG}x'.split('=')[1] in done.stderr
+
+
+@pytest.mark.parametrize('launcher,own', [
+  ('gpu_host.sh', ['--topology=h200']), ('slurm.sh', ['--topology=h100', '--nodes=1']),
+  ('gke_jobset.py', [*GKE[:2], '--topology=h200', GKE[3]]), ('colab.sh', ['--topology=h100', '--drive=/shared'])])
+def test_a_plain_gpu_is_one(stage, launcher, own):
+  done, _ = stage.run(launcher, *own, '--dry-run', '--', *AWKWARD)
+  assert done.returncode == 0, done.stderr
+  assert topology(own) in shlex.split(done.stdout.splitlines()[0])
+  one = {'slurm.sh': '--nodes=1 --gpus-per-node=1 --ntasks-per-node=1', 'gke_jobset.py': 'nvidia.com/gpu: 1'}
+  assert one.get(launcher, '') in done.stdout
+
+
 @pytest.mark.parametrize('status', [1, 2])
-@pytest.mark.parametrize('launcher', ['tpu_pod.sh', 'slurm.sh', 'gpu_host.sh'])
+@pytest.mark.parametrize('launcher', ['tpu_pod.sh', 'slurm.sh', 'gpu_host.sh', 'colab.sh'])
 def test_nothing_starts_that_the_gate_refuses(stage, launcher, status):
   done, calls = stage.run(launcher, *LAUNCHERS[launcher], '--', *AWKWARD, play={'python': f'exit {status}'})
   assert done.returncode == status and 'the gate refuses' in done.stderr
@@ -144,11 +168,16 @@ def test_a_run_that_is_not_whole_is_refused_before_the_gate(stage, launcher, fla
   ('tpu_pod.sh', [*POD[:2], '--topology=h200:8'], 'known: v4, v5e, v5p, v6e'),
   ('tpu_pod.sh', [*POD, '--setup=none.sh'], '--setup: no file'),
   ('tpu_pod.sh', [*POD, '--spott'], "unknown flag '--spott'"),
-  ('slurm.sh', ['--topology=v5p:2x2x1', '--nodes=1'], 'known: h100:N, h200:N'),
+  ('slurm.sh', ['--topology=v5p:2x2x1', '--nodes=1'], 'known: h100, h200, h100:N'),
+  ('slurm.sh', ['--topology=h200:12', '--nodes=3'], 'do not fill hosts of 8'),
   ('slurm.sh', ['--topology=h200:32'], '--nodes='),
   ('slurm.sh', ['--topology=h200:32', '--nodes=5'], 'not equally many'),
   ('slurm.sh', [*SLURM, '--gpus-per-node=4'], 'follows from'),
   ('gpu_host.sh', [], 'want KIND:SHAPE'),
+  ('gpu_host.sh', ['--topology=h200:16'], 'at most 8 GPUs'),
+  ('colab.sh', ['--topology=v5e:2x2', '--drive=/shared'], 'one chip'),
+  ('colab.sh', ['--topology=v5e:1x1'], 'is lost with the runtime'),
+  ('colab.sh', ['--topology=v5e:1x1', '--drive=/shared/a'], 'is lost with the runtime'),
   ('gke_jobset.py', GKE[:3], '--claim is missing'),
   ('gke_jobset.py', ['--name=Set', *GKE[1:]], '--name=Set'),
   ('gke_jobset.py', [*GKE[:2], '--topology=v9:2x2', GKE[3]], 'known kinds'),
@@ -166,6 +195,53 @@ def test_one_gpu_host_runs_it_in_one_process(stage):
   done, calls = stage.run('gpu_host.sh', *own, '--', *AWKWARD, play={'python': '[ "$2" = datasel.topology ]'})
   assert done.returncode == 1, 'the status of the run'
   assert calls == [['python', *gate_of(own)], ['python', *RUN]]
+
+
+# ---- Colab
+
+
+def test_colab_keeps_the_corpora_on_drive_too_and_takes_no_cpu_for_a_tpu(stage):
+  kept = 'printf "%s %s\\n" "$DATASEL_CACHE" "$JAX_PLATFORMS" >> "$NOTES.env"; [ "$2" = datasel.topology ]'
+  drive = stage.folder / 'My Drive'
+  run = [CONFIG, f'--workdir={drive}/datasel/x']
+  own = ['--topology=v6e:1x1', f'--drive={drive}/datasel']
+  done, calls = stage.run('colab.sh', *own, '--', *run, play={'python': kept})
+  assert done.returncode == 2 and "drive.mount('/content/drive')" in done.stderr and calls == []
+  assert not drive.exists()
+  drive.mkdir()
+  done, calls = stage.run('colab.sh', *own, '--', *run, play={'python': kept}, DATASEL_CACHE='/x', JAX_PLATFORMS='y')
+  assert done.returncode == 1, 'the status of the run'
+  assert calls == [['python', '-m', 'datasel.topology', CONFIG, own[0]], ['python', '-m', 'datasel.main', *run]]
+  assert pathlib.Path(f'{stage.notes}.env').read_text().splitlines()[1] == f'{drive}/datasel/cache tpu,cpu'
+
+
+@pytest.mark.parametrize('smi,platforms,extra', [(0, 'cuda,cpu', 'cuda,demo'), (1, 'cpu', 'demo')])
+def test_colab_asks_the_device_itself_where_the_gate_does_not_know_it(stage, smi, platforms, extra):
+  _script(stage.folder / 'bin/nvidia-smi', f'#!/bin/sh\nexit {smi}\n')
+  stage.environment(stage.checkout, 'colab', extra)
+  done, _ = stage.run('colab.sh', '--drive=/shared', '--dry-run', '--', *AWKWARD)
+  shown = [shlex.split(line) for line in done.stdout.splitlines()]
+  python = str(stage.checkout / '.venv-colab/bin/python')
+  want = ['env', 'DATASEL_CACHE=/shared/cache', f'JAX_PLATFORMS={platforms}', python, *RUN]
+  assert shown == [[*want, '--dry_run'], want], done.stderr
+  drive = ['--drive=' + str(stage.folder / 'datasel'), '--', CONFIG, f'--workdir={stage.folder}/datasel/x']
+  done, calls = stage.run('colab.sh', *drive, play={'python': 'exit 2'})
+  assert done.returncode == 2 and 'nothing was started' in done.stderr
+  assert calls == [['python', '-m', 'datasel.main', *drive[2:], '--dry_run']]
+  done, calls = stage.run('colab.sh', *drive)
+  assert done.returncode == 0 and calls[1] == calls[0][:-1]
+
+
+def test_what_the_tour_runs_on_colab_is_taken(stage, monkeypatch):
+  cell = json.loads((ROOT / 'notebooks/tour.ipynb').read_text(encoding='utf-8'))['cells'][-1]
+  mounted, commands = [], []
+  colab = types.SimpleNamespace(drive=types.SimpleNamespace(mount=mounted.append))
+  monkeypatch.setitem(sys.modules, 'google.colab', colab)
+  exec(''.join(cell['source']), {'ON_COLAB': True, 'execute': lambda *command: commands.append(command)})
+  [(bash, script, *flags)] = commands
+  assert (mounted, bash, script) == (['/content/drive'], 'bash', 'launch/colab.sh')
+  done, _ = stage.run('colab.sh', '--dry-run', *flags)
+  assert done.returncode == 0, done.stderr
 
 
 # ---- TPU pods
@@ -193,7 +269,7 @@ def cloud(stage):
   (host / 'datasel').mkdir(parents=True)
   (host / 'datasel/left-over.py').touch()
   shutil.copy(stage.checkout / 'setup.py', host / 'datasel')
-  stage.environment(host / 'datasel', 'tpu')
+  stage.environment(host / 'datasel', 'tpu', 'tpu')
   (stage.checkout / '.gitignore').write_text('.venv-*/\n')
   subprocess.run(['git', 'init', '--quiet', stage.checkout], check=True)
   return stage
@@ -239,8 +315,8 @@ def test_a_preempted_pod_is_queued_again_and_the_run_goes_on(cloud):
   assert 'was preempted' in done.stderr
 
 
-@pytest.mark.parametrize('status', [143, 255])
-def test_a_host_that_was_told_to_stop_or_lost_its_line_goes_on_in_the_same_pod(cloud, status):
+@pytest.mark.parametrize('status', [1, 134, 143, 255])
+def test_a_run_that_ended_without_a_preemption_goes_on_in_the_same_pod(cloud, status):
   once = PREEMPT.replace('echo PREEMPTED > "$HOME/../node"\n  exit 1', f'exit {status}')
   done, calls = cloud.run('tpu_pod.sh', *POD, '--keep', '--', *AWKWARD, play={'gcloud': CLOUD, 'python': once})
   assert done.returncode == 0, done.stderr
@@ -248,18 +324,19 @@ def test_a_host_that_was_told_to_stop_or_lost_its_line_goes_on_in_the_same_pod(c
   assert 'pod is kept' in done.stderr
 
 
-def test_a_run_that_fails_is_not_repeated_and_its_pod_not_paid_for(cloud):
-  play = {'gcloud': CLOUD, 'python': '[ "$2" != datasel.main ] || exit 1'}
+def test_a_run_that_refuses_its_input_is_not_repeated_and_its_pod_not_paid_for(cloud):
+  play = {'gcloud': CLOUD, 'python': '[ "$2" != datasel.main ] || exit 2'}
   done, calls = cloud.run('tpu_pod.sh', *POD, '--', *AWKWARD, play=play)
-  assert done.returncode == 1 and 'the run failed (exit status 1' in done.stderr
+  assert done.returncode == 2 and 'the run refuses its input' in done.stderr
   assert verbs(calls) == ['datasel.topology', 'queued-resources create', *ONCE, 'queued-resources delete']
 
 
-def test_a_run_that_stops_again_and_again_at_once_is_given_up(cloud):
-  play = {'gcloud': CLOUD, 'python': '[ "$2" != datasel.main ] || exit 143'}
+@pytest.mark.parametrize('status', [1, 143])
+def test_a_run_that_stops_again_and_again_at_once_is_given_up_and_its_pod_not_paid_for(cloud, status):
+  play = {'gcloud': CLOUD, 'python': f'[ "$2" != datasel.main ] || exit {status}'}
   done, calls = cloud.run('tpu_pod.sh', *POD, '--', *AWKWARD, play=play)
-  assert done.returncode == 143 and 'five attempts' in done.stderr
-  assert verbs(calls).count('datasel.main') == 5
+  assert done.returncode == status and 'five attempts' in done.stderr
+  assert verbs(calls).count('datasel.main') == 5 and verbs(calls)[-1] == 'queued-resources delete'
 
 
 def test_a_pod_that_is_there_is_used_and_one_that_cannot_be_had_is_reported(cloud):
@@ -302,11 +379,15 @@ def test_slurm_gets_a_process_for_each_gpu_and_its_own_options(stage):
   assert '#SBATCH --requeue' in directives and '#SBATCH --signal=TERM@180' in directives
 
 
-@pytest.mark.parametrize('status,state,requeued', [
-  (0, 'RUNNING', False), (143, 'RUNNING', True), (143, 'COMPLETING', False), (1, 'RUNNING', False)])
-def test_a_slurm_job_is_queued_again_only_when_it_was_stopped_from_outside(stage, status, state, requeued):
+@pytest.mark.parametrize('status,state,before,requeued', [
+  (0, 'RUNNING', 0, False), (2, 'RUNNING', 0, False), (143, 'RUNNING', 0, True), (143, 'RUNNING', 99, True),
+  (143, 'COMPLETING', 0, False), (1, 'RUNNING', 0, True), (134, 'RUNNING', 4, True), (134, 'RUNNING', 5, False),
+  (1, 'COMPLETING', 0, False)])
+def test_a_slurm_job_is_queued_again_unless_it_is_done_refused_ended_or_failed_often(
+    stage, status, state, before, requeued):
   play = {'srun': f'exit {status}', 'squeue': f'echo {state}'}
-  done, calls = stage.run('slurm.sbatch', str(stage.checkout), *AWKWARD, play=play, SLURM_JOB_ID='7')
+  restarts = {'SLURM_RESTART_COUNT': str(before)} if before else {}
+  done, calls = stage.run('slurm.sbatch', str(stage.checkout), *AWKWARD, play=play, SLURM_JOB_ID='7', **restarts)
   assert done.returncode == status
   assert calls[0] == ['srun', '--kill-on-bad-exit=0', '.venv-cuda/bin/python', *RUN, '--distributed']
   assert (['scontrol', 'requeue', '7'] in calls) == requeued
@@ -378,7 +459,7 @@ def test_the_manifest_is_applied_and_xpk_gets_the_same_command(stage):
   assert yaml.safe_load(pathlib.Path(kept).read_text()) == rendered(stage, *GKE)
   done, [call] = stage.run('gke_jobset.py', *GKE, '--xpk=cluster', '--', *AWKWARD)
   assert call[:-1] == ['xpk', 'workload', 'create', '--cluster=cluster', '--workload=set', '--tpu-type=v5p-256',
-                       '--num-slices=1', '--docker-image=image', '--max-restarts=50']
+                       '--num-slices=1', '--docker-image=image', '--max-restarts=50', '--restart-on-exit-codes=1']
   assert shlex.split(call[-1]) == ['--command=cd', '/datasel', '&&', 'exec', 'python', *RUN, '--distributed']
 
 

@@ -77,7 +77,7 @@ def check_starting_point(stage: build.Stage, store: Store) -> None:
   checkpoints = pathlib.Path(stage.init_from)
   made_by = checkpoints.parent / 'stage.json'
   if not (checkpoints / 'steps').is_dir() or not made_by.is_file():
-    raise FileNotFoundError(f'{stage.name}: init_from {checkpoints} is not the checkpoints/ folder of a stage')
+    raise ValueError(f'{stage.name}: init_from {checkpoints} is not the checkpoints/ folder of a stage')
   made = workdir.read_json(made_by)
   if made['tokenizer'] != store.tokenizer['digest']:
     raise ValueError(f'{stage.name}: init_from {checkpoints} was trained with another tokenizer than {store.path} was '

@@ -1,6 +1,7 @@
 """The flags of a run: --config=FILE.py[:ARG], --config.KEY=VALUE, --workdir=DIR, and a few switches."""
 
 import pathlib
+import re
 from collections.abc import Callable
 
 import ml_collections
@@ -20,6 +21,7 @@ def load(argv: list[str], define: Callable[[flags.FlagValues], None], *, needs_d
   """--config, its overrides and the flags that `define` adds; ValueError for a key that the config does not have,
   naming the nearest, and for values that no run can use."""
   from datasel import config as config_lib
+  argv = _with_equals(argv)
   is_override = lambda a: a.startswith(('--config.', '-config.'))
   plain = _load_config([a for a in argv if not is_override(a)], define)
   config_lib.check_overrides(plain.config, argv)
@@ -29,6 +31,18 @@ def load(argv: list[str], define: Callable[[flags.FlagValues], None], *, needs_d
   except KeyError as e:
     raise ValueError(f'--config: the config has no key {e}; begin it with datasel.config.base') from e
   return options
+
+
+def _with_equals(argv: list[str]) -> list[str]:
+  """`--config FILE` and `--config.KEY VALUE` as one argument each, with `=`: what is read below."""
+  joined: list[str] = []
+  for argument in argv:
+    # A flag begins with a letter; -1 is a value.
+    if joined and re.fullmatch(r'--?config(\.[\w.\-]+)?', joined[-1]) and not re.match(r'--?[A-Za-z]', argument):
+      joined[-1] += f'={argument}'
+    else:
+      joined.append(argument)
+  return joined
 
 
 def _load_config(argv: list[str], define: Callable[[flags.FlagValues], None]) -> flags.FlagValues:

@@ -1,8 +1,9 @@
 """What a stage will need and cost on devices that are not here: its real program, compiled ahead of time and read.
 
 The expected time of a step is a roofline: the longest of arithmetic at the data sheet's peak, main-memory traffic at
-full bandwidth, and collectives round rings over all links at once, as if the three overlapped perfectly.  Nothing of it
-was measured; `seconds['without_overlap']`, the sum of the three, is what no overlap at all would make of it.
+full bandwidth, and collectives round rings over all links at once (those among GPUs of several hosts over the network),
+as if the three overlapped perfectly.  Nothing of it was measured; `seconds['without_overlap']`, the sum of the three,
+is what no overlap at all would make of it.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ def forecast(stage: build.Stage, config: ml_collections.ConfigDict, mesh: jax.sh
   """JSON values: whether it fits, memory and what takes it, FLOPs, collectives, expected time.
 
   Bytes, FLOPs and seconds are those of one device and one step; of a stage that trains nothing, one batch.
-  Raises ValueError for a mesh that the stage cannot be split over.
+  Raises ValueError for a mesh that the stage cannot be split over, and for a program that does not compile for another
+  reason than memory.
   """
   checks.check_split(stage, config, mesh)
   began = time.perf_counter()
@@ -38,10 +40,11 @@ def forecast(stage: build.Stage, config: ml_collections.ConfigDict, mesh: jax.sh
     compiled = program.lower(*arguments).compile()
   except jax.errors.JaxRuntimeError as e:
     needs = _needs(str(e))
-    memory = {'total': needs, 'available': chip.available, 'holds': holds}
-    reason = 'too little memory' if needs else f'it does not compile: {str(e).strip()[:2000]}'
-    return result | {'fits': False, 'reason': reason, 'memory': memory,
-                     'advice': _advice(stage, config, mesh, chip, holds) if needs else '',
+    if needs is None:
+      raise ValueError(f'{stage.name} does not compile for {chip.name}: {str(e).strip()[:2000]}') from e
+    return result | {'fits': False, 'reason': 'too little memory',
+                     'memory': {'total': needs, 'available': chip.available, 'holds': holds},
+                     'advice': _advice(stage, config, mesh, chip, holds),
                      'compile_seconds': time.perf_counter() - began}
   stats = compiled.memory_analysis()
   holds['gradients and activations'] = stats.temp_size_in_bytes
@@ -53,7 +56,7 @@ def forecast(stage: build.Stage, config: ml_collections.ConfigDict, mesh: jax.sh
   return result | {
     'fits': fits, 'reason': '' if fits else 'too little memory', 'memory': memory,
     'advice': '' if fits else _advice(stage, config, mesh, chip, holds),
-    **_costs(stage, mesh, chip, hlo_costs.count(hlo.parse(compiled.as_text()))),
+    **_costs(stage, mesh, chip, hlo_costs.count(hlo.parse(compiled.as_text()), _hosts(mesh, chip))),
     'compile_seconds': time.perf_counter() - began}
 
 
@@ -92,6 +95,11 @@ def _advice(stage: build.Stage, config: ml_collections.ConfigDict, mesh: jax.sha
   return f'try {", or ".join(proposals)}' if proposals else 'take larger devices, or more with mesh.tensor above 1'
 
 
+def _hosts(mesh: jax.sharding.Mesh, chip: Chip) -> tuple[int, ...]:
+  """The host of each device of a program over this mesh; empty where the slice's links join all of them."""
+  return tuple(device.id // chip.neighbours for device in mesh.devices.flat) if chip.neighbours else ()
+
+
 def _costs(stage: build.Stage, mesh: jax.sharding.Mesh, chip: Chip, costs: hlo_costs.Costs) -> dict[str, Any]:
   """FLOPs, collectives and the roofline."""
   model, length, tokens = stage.model, stage.length, stage.batch_size * stage.length
@@ -99,9 +107,9 @@ def _costs(stage: build.Stage, mesh: jax.sharding.Mesh, chip: Chip, costs: hlo_c
   formula = share * model.flops_per_token(length)
   undeclared = sorted(kernel.name for kernel in costs.kernels.values() if kernel.flops is None)
   counted = costs.flops + (share * (model.flops_per_token(length) - model.flops_per_token(0)) if undeclared else 0.0)
-  links = chip.links if not chip.neighbours or mesh.size <= chip.neighbours else chip.network
+  interconnect = (costs.sent_bytes - costs.network_bytes) / chip.links + costs.network_bytes / chip.network
   seconds = {'arithmetic': counted / chip.flops, 'memory': costs.traffic_bytes / chip.bandwidth,
-             'interconnect': costs.sent_bytes / links}
+             'interconnect': interconnect}
   bound_by = max(seconds, key=seconds.get)
   step = seconds[bound_by]
   return {

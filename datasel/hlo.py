@@ -6,6 +6,7 @@ XLA's own cost analysis counts the body of a loop once and leaves out what a ker
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 
 _BYTES = {'pred': 1, 'token': 0, 'opaque': 0, 's2': 0.25, 'u2': 0.25, 's4': 0.5, 'u4': 0.5, 'f4e2m1fn': 0.5}
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(')
@@ -15,6 +16,7 @@ _SPACE = re.compile(r'S\((\d+)\)')
 _CALLED = re.compile(r'\b(calls|body|condition|to_apply|called_computations|branch_computations|true_computation|'
                      r'false_computation)=(\{[^}]*\}|%?[\w.\-]+)')
 _NAME = re.compile(r'%([\w.\-]+)')
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +113,9 @@ class Module:
 
 
 def parse(text: str) -> Module:
-  """The program of `compiled.as_text()`."""
+  """The program of `compiled.as_text()`; ValueError for text that is none."""
   computations, entry, current = {}, None, None
-  for line in text.splitlines():
+  for line in _whole_lines(text):
     if current is None:
       header = _HEADER.match(line)
       if header and line.rstrip().endswith('{'):
@@ -121,6 +123,8 @@ def parse(text: str) -> Module:
         computations[current.name] = current
         entry = current if header[1] else entry
     elif line.startswith('}'):
+      if current.root is None:
+        raise ValueError(f'HLO text: computation {current.name} has no ROOT; want what compiled.as_text() gives')
       current = None
     else:
       begins = _INSTRUCTION.match(line)
@@ -128,10 +132,26 @@ def parse(text: str) -> Module:
         instruction = _instruction(begins[2], re.sub(r'/\*.*?\*/', '', line[begins.end():]))
         current.instructions[instruction.name] = instruction
         current.root = instruction if begins[1] else current.root
-  if entry is None:
-    raise ValueError('this is no HLO text: no ENTRY computation; want what compiled.as_text() gives')
+  if entry is None or current is not None:
+    missing = 'no ENTRY computation' if current is None else f'computation {current.name} has no end'
+    raise ValueError(f'this is no HLO text: {missing}; want what compiled.as_text() gives')
   partitions = re.search(r'num_partitions=(\d+)', text[:text.find('\n')])
   return Module(computations, entry, int(partitions[1]) if partitions else 1)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+  """Lines, an instruction that goes on over several (a kernel's metadata) joined to one."""
+  held, depth = '', 0
+  for line in text.splitlines():
+    if not depth and not _INSTRUCTION.match(line):
+      yield line
+      continue
+    bare = _STRING.sub('', line)
+    depth += bare.count('{') - bare.count('}')
+    held += f' {line}'
+    if depth <= 0:
+      yield held
+      held, depth = '', 0
 
 
 def _instruction(name: str, text: str) -> Instruction:

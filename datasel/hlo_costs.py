@@ -20,6 +20,7 @@ _COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'rag
 # Move nothing themselves, or are counted where their computation or their `-start` is.
 _FREE = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
          'partition-id', 'replica-id', 'optimization-barrier', 'async-start')
+_IOTA = r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?'
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 _KERNELS = ('tpu_custom_call', '__gpu$xla.gpu.triton', 'triton_kernel_call', 'mosaic_gpu', '__cudnn$fmha')
 
@@ -33,6 +34,7 @@ class Collective:
   count: int = 0  # runs
   bytes: float = 0.0  # that a device puts in
   sent_bytes: float = 0.0  # that leave a device, when the group passes them round a ring
+  network_bytes: float = 0.0  # of sent_bytes: those of groups whose devices are on several hosts
 
 
 @dataclasses.dataclass
@@ -46,6 +48,7 @@ class Kernel:
 
 @dataclasses.dataclass
 class Costs:
+  host_of: tuple[int, ...] = ()  # the host of each device of the program; empty: all are on one
   flops: float = 0.0
   traffic_bytes: float = 0.0
   collectives: dict[tuple[str, bool], Collective] = dataclasses.field(default_factory=dict)
@@ -56,10 +59,14 @@ class Costs:
   def sent_bytes(self) -> float:
     return sum(c.sent_bytes for c in self.collectives.values())
 
+  @property
+  def network_bytes(self) -> float:
+    return sum(c.network_bytes for c in self.collectives.values())
 
-def count(module: Module) -> Costs:
+
+def count(module: Module, host_of: tuple[int, ...] = ()) -> Costs:
   """Adds up over the whole program."""
-  costs = Costs()
+  costs = Costs(host_of)
   _count(module, module.entry, 1, False, costs)
   return costs
 
@@ -165,7 +172,8 @@ def _declared(instruction: Instruction, key: str) -> float | None:
 
 def _collective(module: Module, computation: Computation, instruction: Instruction, kind: str, times: int,
                 in_loop: bool, costs: Costs) -> None:
-  n = _group_size(instruction, module.n_devices)
+  groups = _groups(instruction, module.n_devices)
+  n = max(map(len, groups), default=1)
   if n == 1:
     return
   put_in = sum(array.bytes for array in _operands(computation, instruction))
@@ -175,24 +183,61 @@ def _collective(module: Module, computation: Computation, instruction: Instructi
   total.count += times
   total.bytes += times * put_in
   total.sent_bytes += times * rounds * put_in
+  if costs.host_of and any(len({costs.host_of[device] for device in group}) > 1 for group in groups):
+    total.network_bytes += times * rounds * put_in
 
 
-def _group_size(instruction: Instruction, n_devices: int) -> int:
-  """How many devices take part: `{{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['x'=2,'y'=2] {'x'}` in the text."""
+def _groups(instruction: Instruction, n_devices: int) -> list[list[int]]:
+  """The devices that take part together: `{{0,1},{2,3}}`, `[2,2]<=[2,2]T(1,0)` or `mesh['x'=2,'y'=2] {'x'}` in the
+  text; of a permutation, each pair of a sender and another receiver."""
   text = instruction.attributes
+  lists = lambda found: [[int(d) for d in part.split(',')] for part in found.split('},{')]
   if instruction.op.startswith('collective-permute'):
     pairs = re.search(r'source_target_pairs=\{\{([\d,{}]*)\}\}', text)
-    moves = [pair.split(',') for pair in pairs[1].split('},{')] if pairs else []
-    return 2 if any(a != b for a, b in moves) else 1
-  if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
-    return len(listed[1].split(','))
-  if folded := re.search(r'replica_groups=\[\d+,(\d+)\]', text):
-    return int(folded[1])
-  if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", meshed[1])}
-    parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", meshed[2])
-    return math.prod(int(part) if part else sizes[name] for name, part in parts)
-  return n_devices
+    return [pair for pair in lists(pairs[1]) if pair[0] != pair[1]] if pairs else []
+  if listed := re.search(r'replica_groups=\{\{([\d,{}]+)\}\}', text):
+    return lists(listed[1])
+  if folded := re.search(rf'replica_groups={_IOTA}', text):
+    return _iota(folded).tolist()
+  if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text):
+    return _mesh_groups(*meshed.groups())
+  return [list(range(n_devices))]
+
+
+def _iota(found: re.Match) -> np.ndarray:
+  """`[2,4]<=[4,2]T(1,0)`: the numbers 0 ... 7 as 4 x 2, transposed, as 2 x 4."""
+  shape, counted, order = map(_integers, found.groups())
+  return np.arange(math.prod(counted)).reshape(counted).transpose(order).reshape(shape)
+
+
+def _integers(text: str | None) -> list[int] | None:
+  return [int(n) for n in text.split(',')] if text else None
+
+
+def _mesh_groups(axes: str, ids: str, over: str) -> list[list[int]]:
+  """Groups over some axes of a mesh, or over parts of axes: `'x':(2)4` are the next 4 after the first 2 of x."""
+  sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)}
+  devices = np.arange(math.prod(sizes.values()))
+  if folded := re.search(r'\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)', ids):  # `device_ids=([2,8]T(1,0))`
+    counted, order = map(_integers, folded.groups())
+    devices = devices.reshape(counted).transpose(order).ravel()
+  elif listed := re.findall(r'\d+', ids):
+    devices = np.array(listed, int)
+  taken: dict[str, list[tuple[int, int]]] = {name: [] for name in sizes}
+  for name, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", over):
+    taken[name].append((int(before or 1), int(size or sizes[name])))
+  shape, grouped = [], []  # each axis cut into its parts, and which of them the groups go over
+  for name, size in sizes.items():
+    end = 1
+    for before, part in sorted(taken[name]):
+      shape += [before // end, part]
+      grouped += [False, True]
+      end = before * part
+    shape.append(size // end)
+    grouped.append(False)
+  order = np.argsort(grouped, kind='stable')
+  n = math.prod(size for size, one in zip(shape, grouped) if one)
+  return devices.reshape(shape).transpose(order).reshape(-1, n).tolist()
 
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> float:

@@ -3,6 +3,8 @@
 Runs the config's method in DIR, or finishes it: the same command goes on where an interrupted run stopped.
 
 With --distributed the same command, on every process of a pod or of several hosts, makes one run in a DIR they share.
+
+Exit status: 0 done, 143 interrupted (the same command continues it), 2 refused (and would be again), 1 anything else.
 """
 
 import contextlib
@@ -32,7 +34,12 @@ from datasel import command_line, workdir
 _MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'train.keep_checkpoints',
                'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches')
 _SHARED_SECONDS = 30  # until a file of one host is seen by another on any shared disk
+_REFUSED = 2
 _INTERRUPTED = 128 + 15  # the exit status that schedulers know as SIGTERM
+
+
+class Refused(Exception):
+  """Bad input, found before anything was recorded; its cause says what."""
 
 
 def methods() -> dict[str, Any]:
@@ -53,7 +60,7 @@ def main(argv: list[str]) -> int:
     options = command_line.parse(argv)
   except (ValueError, OSError, flags.Error) as e:
     print(f'error: {e}', file=sys.stderr)
-    return 2
+    return _REFUSED
   if options.print_config:
     from datasel import config as config_lib
     print(json.dumps(config_lib.flatten(options.config), indent=2))
@@ -65,7 +72,7 @@ def main(argv: list[str]) -> int:
     processes.join()
   except (ValueError, RuntimeError) as e:
     print(f'error: {e}', file=sys.stderr)
-    return 2
+    return _REFUSED if isinstance(e, ValueError) else 1  # a host that is late may be there the next time
   if not processes.lead():
     _log(logging.WARNING, f'process {processes.index()}: ')
   status = _run(options, argv)
@@ -89,38 +96,42 @@ def _run(options: flags.FlagValues, argv: list[str]) -> int:
   except Exception as e:
     from datasel.processes import PeerFailed
     from datasel.train import Interrupted
+    status = _REFUSED if isinstance(e, Refused) else 1
+    e = e.__cause__ if isinstance(e, Refused) else e
     if isinstance(e, PeerFailed):  # it says all there is to say
       print(f'\nerror: {e}', file=sys.stderr)
-      return 1
+      return status
     if isinstance(e, Interrupted):
       logging.warning('%s; the same command continues it', e)
       return _INTERRUPTED
     # The message is for whoever started the run; the stack is for whoever mends the code.
     print(f'\nerror: {_message(e)}\n({type(e).__name__}{_keep_traceback(e, directory)})', file=sys.stderr)
-    return 1
+    return status
 
 
 def launch(options: flags.FlagValues, directory: pathlib.Path, argv: list[str]) -> int:
-  """Checks everything that can be checked, then runs or finishes the run."""
+  """Checks everything that can be checked, then runs or finishes the run.  Raises Refused for what no repetition of the
+  command would mend."""
   import jax
 
   from datasel import config as config_lib
   from datasel import processes
   config = options.config
-  method = methods().get(config.method)
-  if method is None:
-    raise ValueError(f'config.method is {config.method!r}; known: {sorted(methods())}')
   flat = config_lib.flatten(config)
   with contextlib.ExitStack() as lock:
-    token = processes.from_lead('taking the workdir', lambda: lock.enter_context(_only_one(directory)))
-    processes.together('looking for the workdir', lambda: _check_shared(directory, token))
-    processes.agree('config', flat)
-    if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR may name one for many runs
-      # The two main models are one program, and so is a run before and after an interruption.
-      jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
-    processes.from_lead('reading the config of the run', lambda: _check_same_config(flat, directory))
-    store, sources = open_store(config, directory)
-    table = processes.together('checking the run', lambda: _check(method, config, store, directory, options.dry_run))
+    with _refusing():
+      method = methods().get(config.method)
+      if method is None:
+        raise ValueError(f'config.method is {config.method!r}; known: {sorted(methods())}')
+      token = processes.from_lead('taking the workdir', lambda: lock.enter_context(_only_one(directory)))
+      processes.together('looking for the workdir', lambda: _check_shared(directory, token))
+      processes.agree('config', flat)
+      if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR may name one for many runs
+        # The two main models are one program, and so is a run before and after an interruption.
+        jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
+      processes.from_lead('reading the config of the run', lambda: _check_same_config(flat, directory))
+      store, sources = open_store(config, directory)
+      table = processes.together('checking the run', lambda: _check(method, config, store, directory, options.dry_run))
     if options.dry_run:
       if processes.lead():
         print(f'{table}\ndry run: everything checked, nothing trained')
@@ -136,6 +147,15 @@ def launch(options: flags.FlagValues, directory: pathlib.Path, argv: list[str]) 
   if processes.lead():
     _announce(summary, directory)
   return 0
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+  from datasel import processes
+  try:
+    yield
+  except (ValueError, processes.PeerRefused) as e:
+    raise Refused(str(e)) from e
 
 
 def open_store(config: Any, directory: pathlib.Path) -> tuple[Any, dict | None]:
@@ -252,7 +272,8 @@ def _only_one(directory: pathlib.Path) -> Iterator[str]:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-      raise ValueError(f'another process is running in {directory}; wait for it, or choose another --workdir') from e
+      # Not a ValueError: it may just be ending.
+      raise RuntimeError(f'another process is running in {directory}; wait for it, or choose another --workdir') from e
     token = uuid.uuid4().hex
     lock.truncate(0)
     print(token, file=lock, flush=True)

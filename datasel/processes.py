@@ -11,6 +11,7 @@ With one process, all of this is a plain call.
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+_JOIN_SECONDS = 1800  # until the slowest host has begun
 _SILENT_SECONDS = 100  # without a heartbeat, a process counts as dead
 _LEAVE_SECONDS = 30  # a process that is done waits so long for the others
 _PAD = 512  # bytes; messages of many lengths share few compiled programs
@@ -28,12 +30,17 @@ class PeerFailed(Exception):
   """Another process failed, and this one ends with it."""
 
 
+class PeerRefused(PeerFailed):
+  """Another process found the input bad: its error is a ValueError."""
+
+
 def join() -> None:
   """Finds the other processes of this command; the first thing that jax is asked to do.
 
   On TPU pods, GKE and Slurm jax knows where they are.  Elsewhere three environment variables say it:
   JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
-  Raises ValueError for some but not all of them, or where jax finds no other process.
+  Raises ValueError for some but not all of them, or where jax finds no cluster, and RuntimeError where the others do
+  not come in time.
   """
   given = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
   arguments: dict[str, Any] = {}
@@ -45,13 +52,16 @@ def join() -> None:
     if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):
       raise ValueError(f'--distributed: JAX_NUM_PROCESSES {numbers[0]!r} and JAX_PROCESS_ID {numbers[1]!r}: want a '
                        'number of processes, and one of 0 ... number - 1')
+    if not re.fullmatch(r'.+:\d+', address):
+      raise ValueError(f'--distributed: JAX_COORDINATOR_ADDRESS {address!r} has no port; want HOST:PORT of process 0, '
+                       'such as 10.0.0.1:1234')
     arguments = {'coordinator_address': address, 'num_processes': int(numbers[0]), 'process_id': int(numbers[1])}
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   # The training loop answers SIGTERM itself; jax's own service would take the signal away from it.
   jax.config.update('jax_enable_preemption_service', False)
   try:
-    jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=_SILENT_SECONDS,
-                               shutdown_timeout_seconds=_LEAVE_SECONDS)
+    jax.distributed.initialize(**arguments, initialization_timeout=_JOIN_SECONDS,
+                               heartbeat_timeout_seconds=_SILENT_SECONDS, shutdown_timeout_seconds=_LEAVE_SECONDS)
   except ValueError as e:
     raise ValueError(f'--distributed: jax found no cluster here ({e}); set {", ".join(_VARIABLES)}, or leave the flag '
                      'out for a run of one process') from e
@@ -74,7 +84,8 @@ def index() -> int:
 
 
 def together(doing: str, function: Callable[[], Any]) -> Any:
-  """function() of each process, when all have done it.  Where it raises on one, the others raise PeerFailed."""
+  """function() of each process, when all have done it.  Where it raises on one, the others raise PeerFailed, or
+  PeerRefused for a ValueError."""
   if jax.process_count() == 1:
     return function()
   result, failure = None, None
@@ -82,12 +93,14 @@ def together(doing: str, function: Callable[[], Any]) -> Any:
     result = function()
   except Exception as e:
     failure = e
-  failures = _gather('' if failure is None else f'{type(failure).__name__}: {failure}')
+  kind = 'ValueError' if isinstance(failure, ValueError) else type(failure).__name__
+  failures = _gather('' if failure is None else f'{kind}: {failure}')
   if failure is not None:
     raise failure
   for process, message in enumerate(failures):
     if message:
-      raise PeerFailed(f'process {process} failed, {doing}: {message}')
+      refused = message.startswith('ValueError: ')
+      raise (PeerRefused if refused else PeerFailed)(f'process {process} failed, {doing}: {message}')
   return result
 
 

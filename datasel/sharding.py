@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from datasel.batch import HOST_KEYS, Batch
@@ -76,12 +77,22 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: list | 
   known = math.prod(size for size in sizes.values() if size != -1)
   if list(sizes.values()).count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
     raise ValueError(f'mesh {sizes}: want positive sizes, at most one of them -1')
+  if -1 in sizes.values() and len(devices) % known:
+    given = ', '.join(f'{axis}={size}' for axis, size in sizes.items() if size not in (1, -1))
+    raise ValueError(f'mesh: {given} does not divide the {len(devices)} devices; set the sizes so that their product '
+                     'is the number of devices, or divides it where one of them is -1')
   sizes = {axis: len(devices) // known if size == -1 else size for axis, size in sizes.items()}
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(f'mesh {sizes} has {math.prod(sizes.values())} places for {len(devices)} devices; '
                      'set the sizes so that their product is the number of devices, or one of them to -1')
+  shape, types = tuple(sizes.values()), (AxisType.Auto,) * 3
   try:
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+  except NotImplementedError:
+    pass  # these sizes are no products of whole sides of the slice
+  try:
+    places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(places, MESH_AXES, axis_types=types)
   except NotImplementedError as e:
     raise ValueError(f'mesh {sizes} cannot be laid out over {len(devices)} x {devices[0].device_kind}: {e}') from e
 
@@ -114,11 +125,13 @@ def tree_shardings(mesh: Mesh, abstract: Any, axes: Any, rules: Rules = RULES) -
     if len(names) != array.ndim:
       raise ValueError(f'parameter {jax.tree_util.keystr(path)}: {array.ndim} axes, named {names}')
     sharding = NamedSharding(mesh, spec(names, rules))
-    try:
-      sharding.shard_shape(array.shape)
-    except ValueError as e:
-      raise ValueError(f'parameter {jax.tree_util.keystr(path)} of shape {array.shape} cannot be split as {names} over '
-                       f'mesh {dict(mesh.shape)}: {e}; choose mesh sizes that divide it') from e
+    for name, size in zip(names, array.shape):
+      places = {axis: mesh.shape[axis] for axis in _axes(rules[name] if name else None)}
+      if size % math.prod(places.values()):
+        raise ValueError(
+          f'parameter {jax.tree_util.keystr(path, simple=True, separator=".")}: its axis {name} of {size} cannot be '
+          f'split over {", ".join(f"mesh.{axis}={n}" for axis, n in places.items())}; choose mesh sizes that divide '
+          f'it, or leave the axis whole on every device: --config.sharding.{name}=')
     return sharding
 
   return jax.tree_util.tree_map_with_path(one, abstract, axes)

@@ -2,7 +2,8 @@
 
 Compiles the programs of the config's stages ahead of time for a TPU slice (`v5e:16x16`; needs the extra `tpu`) or for
 GPUs (`h200:8`; needs the extra `cuda`) on any machine, and prints what each needs and costs.  No token store is needed.
-Exit status: 0 it fits, 1 it does not, 2 the question is not a good one.  --output=FILE.json keeps the answer.
+Exit status: 0 it fits, 1 it does not, 2 there is no answer: bad input, or a program that does not compile at all.
+--output=FILE.json keeps the answer.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ import logging
 import os
 import pathlib
 import sys
+import tempfile
+import traceback
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,7 @@ from datasel import command_line, workdir
 # jax is imported by the functions that need it, after main() has told it to look for no devices.
 
 _ASSUMED_DOMAINS = 16
+_WEIGHTS = (('doremi', 'baseline'), ('pretrain', 'mixture'))  # where a config names domain weights
 _GIB = 2**30
 
 
@@ -57,13 +61,19 @@ def main(argv: list[str]) -> int:
     if not options.topology:
       from datasel import absent
       raise ValueError(f'--topology is missing; want one such as {absent.NAMES}')
+    if options.output:
+      _check_output(pathlib.Path(options.output))
     answer = examine(options.config, options.topology, domains=options.domains)
+    print(table(answer))
+    if options.output:
+      workdir.write_json(options.output, answer)
   except (ValueError, OSError, ImportError, flags.Error) as e:
     print(f'error: {e}', file=sys.stderr)
     return 2
-  print(table(answer))
-  if options.output:
-    workdir.write_json(options.output, answer)
+  except Exception as e:  # not 1, which would say that the run does not fit
+    traceback.print_exc()
+    print(f'error: {type(e).__name__}: {e}', file=sys.stderr)
+    return 2
   return 0 if answer['fits'] else 1
 
 
@@ -74,11 +84,22 @@ def _define(values: flags.FlagValues) -> None:
                        lower_bound=0)
 
 
+def _check_output(path: pathlib.Path) -> None:
+  """Refuses a file that could not be written after minutes of compiling."""
+  if path.is_dir():
+    raise ValueError(f'--output={path} is a folder; want a file')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path.parent).close()
+  except OSError as e:
+    raise ValueError(f'--output={path} cannot be written ({e.strerror}); choose another') from e
+
+
 def examine(config: Any, topology: str, *, domains: int = 0) -> dict:
   """The answer as JSON values: `fits`, and a forecast (see forecast.py) of each program that the run's stages are.
 
-  Raises ValueError for a topology that is unknown or that the config's mesh or batch does not divide, ImportError where
-  the topology's compiler is not installed.
+  Raises ValueError for a topology that is unknown or that the config's mesh or batch does not divide and for a program
+  that does not compile, ImportError where the topology's compiler is not installed.
   """
   import jax
   import jaxlib
@@ -91,6 +112,7 @@ def examine(config: Any, topology: str, *, domains: int = 0) -> dict:
   methods = main_lib.methods()
   if config.method not in methods:
     raise ValueError(f'config.method is {config.method!r}; known: {sorted(methods)}')
+  config = _with_weights(config)
   store = _store(config, domains)
   programs: dict[tuple, list] = {}
   for stage in methods[config.method].stages(config, store):
@@ -107,6 +129,17 @@ def examine(config: Any, topology: str, *, domains: int = 0) -> dict:
     'date': datetime.datetime.now(datetime.UTC).date().isoformat()}
 
 
+def _with_weights(config: Any) -> Any:
+  """The config with uniform weights where it names a mixture file of another machine: no program depends on them."""
+  config = config.copy_and_resolve_references()
+  for section, key in _WEIGHTS:
+    path = pathlib.Path(config[section][key]) if section in config else pathlib.Path()
+    if path.is_absolute() and not path.is_file():
+      logging.info('config.%s.%s: %s is not on this machine; planning with uniform weights', section, key, path)
+      config[section][key] = 'uniform'
+  return config
+
+
 def _store(config: Any, n_domains: int) -> Any:
   """The run's token store where it is on this machine; else a planned one, of the domains that the config names."""
   from datasel.data import mixture as mixture_lib
@@ -114,7 +147,7 @@ def _store(config: Any, n_domains: int) -> Any:
   if config.data.store and pathlib.Path(config.data.store).is_dir():
     return Store(pathlib.Path(config.data.store).absolute(), verify='size')
   named: list[str] = []
-  for section, weights in (('doremi', 'baseline'), ('pretrain', 'mixture')):
+  for section, weights in _WEIGHTS:
     if section in config:
       named += config[section][f'{weights}_epochs'].keys()
       if not named and pathlib.Path(config[section][weights]).is_file():

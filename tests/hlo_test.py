@@ -158,6 +158,51 @@ def test_a_kernel_counts_what_it_declares_and_is_named_when_it_declares_nothing(
   assert one.kernels['flash'].flops == 12350 == one.flops
 
 
+def test_attributes_may_go_on_over_several_lines():
+  """As those of kernels with metadata do; one of these lines begins with a brace, and strings hold others."""
+  several = MODULE.replace('backend_config={}', """frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128, }"
+}}, metadata={op_name="jit(f)/{"}, backend_config={}""")
+  assert several.count('\n') == MODULE.count('\n') + 2
+  assert hlo_costs.count(hlo.parse(several)) == hlo_costs.count(hlo.parse(MODULE))
+  assert hlo.parse(several).entry.root.name == 'd'
+
+
+def test_a_computation_without_a_root_or_an_end_is_refused():
+  with pytest.raises(ValueError, match='computation fused_done has no ROOT'):
+    hlo.parse(MODULE.replace('ROOT %ag', '%ag'))
+  with pytest.raises(ValueError, match='computation main has no end'):
+    hlo.parse(MODULE.rstrip('}\n'))
+
+
+GROUPS = {
+  '{{0,1},{2,3}}': [[0, 1], [2, 3]], '{}': [[0, 1, 2, 3, 4, 5, 6, 7]],
+  '[2,4]<=[8]': [[0, 1, 2, 3], [4, 5, 6, 7]], '[4,2]<=[2,4]T(1,0)': [[0, 4], [1, 5], [2, 6], [3, 7]],
+  "mesh['x'=4,'y'=2] {'x'}": [[0, 2, 4, 6], [1, 3, 5, 7]], "mesh['x'=4,'y'=2] {'y'}": [[0, 1], [2, 3], [4, 5], [6, 7]],
+  "mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'x'}": [[0, 1, 2, 3], [4, 5, 6, 7]],
+  "mesh['x'=4,'y'=2], device_ids=(0,2,1,3,4,6,5,7) {'y'}": [[0, 2], [1, 3], [4, 6], [5, 7]],
+  "mesh['x'=8] {'x':(2)2}": [[0, 2], [1, 3], [4, 6], [5, 7]],
+}
+
+
+@pytest.mark.parametrize(('text', 'groups'), GROUPS.items())
+def test_who_takes_part_and_what_crosses_hosts(text, groups):
+  """8 devices on two hosts: what the groups send goes over the network if one of them has devices of both."""
+  module = hlo.parse(f"""HloModule f, num_partitions=8
+
+ENTRY %main (a: f32[4,8]) -> f32[4,8] {{
+  %a = f32[4,8] parameter(0)
+  ROOT %r = f32[4,8] all-reduce(%a), channel_id=1, replica_groups={text}, to_apply=%add
+}}
+""")
+  assert sorted(hlo_costs._groups(module.entry.root, 8)) == groups
+  n = len(groups[0])
+  costs = hlo_costs.count(module, host_of=(0, 0, 0, 0, 1, 1, 1, 1))
+  assert costs.sent_bytes == 2 * 128 * (n - 1) / n
+  assert costs.network_bytes == (costs.sent_bytes if any(min(g) < 4 <= max(g) for g in groups) else 0)
+  assert hlo_costs.count(module).network_bytes == 0
+
+
 def test_what_stays_on_the_chip_is_no_traffic():
   away = hlo_costs.count(hlo.parse(MODULE)).traffic_bytes
   assert hlo_costs.count(hlo.parse(MODULE.replace('S(1)', ''))).traffic_bytes > away

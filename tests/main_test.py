@@ -10,7 +10,7 @@ import compilation
 import pytest
 import small_run
 
-from datasel import build, main, train, workdir
+from datasel import build, command_line, main, processes, train, workdir
 from datasel.methods.pretrain import run as pretrain
 
 # ml_collections loads a config file by it.
@@ -81,7 +81,7 @@ def test_a_finished_run_is_not_trained_again(copy, run, monkeypatch):
 
 def test_another_config_is_refused_with_what_differs(copy, run):
   status, printed = run(copy, '--config.optimizer.peak_lr=0.5', '--config.seed=3', '--config.data.prefetch=3')
-  assert status == 1
+  assert status == 2
   for told in ('optimizer.peak_lr: 0.001 -> 0.5', 'seed: 0 -> 3', str(copy), 'another --workdir'):
     assert told in printed
   assert 'prefetch' not in printed and 'peak_lr: ' in printed
@@ -97,12 +97,12 @@ def test_two_processes_do_not_share_a_run(copy, run):
 def test_a_run_refuses_another_store_than_it_began_with(copy, run, tmp_path):
   store = small_run.make_store(tmp_path / 'other', vocab_size=350)
   status, printed = run(copy, f'--config.data.store={store}')
-  assert status == 1 and f'{store} (digest ' in printed and 'is not the store that this run began with' in printed
+  assert status == 2 and f'{store} (digest ' in printed and 'is not the store that this run began with' in printed
 
 
 def test_a_store_that_is_gone_is_missed_and_found_in_its_new_place(copy, run, made, tmp_path):
   status, printed = run(copy, f'--config.data.store={tmp_path / "gone"}')
-  assert status == 1 and f'no longer in {tmp_path / "gone"}' in printed and '--config.data.store' in printed
+  assert status == 2 and f'no longer in {tmp_path / "gone"}' in printed and '--config.data.store' in printed
   moved = shutil.copytree(made / 'store', tmp_path / 'moved')
   assert run(copy, f'--config.data.store={moved}')[0] == 0
   assert workdir.read_json(copy / 'data.json')['store'] == str(moved)
@@ -123,8 +123,17 @@ def test_a_dry_run_compiles_prints_and_leaves_no_run_behind(run, tmp_path, made)
 def test_a_run_that_was_refused_may_begin_with_another_config(run, tmp_path):
   directory = tmp_path / 'run'
   status, printed = run(directory, f'--config.pretrain.mixture={tmp_path / "missing.json"}')
-  assert status == 1 and 'neither one of' in printed
+  assert status == 2 and 'neither one of' in printed
   assert run(directory, '--config.pretrain.mixture=uniform')[0] == 0
+
+
+def test_flags_may_be_written_with_spaces(tmp_path):
+  config = small_run.write_config(tmp_path / 'config.py', tmp_path)
+  with_equals = [f'--config={config}', f'--workdir={tmp_path}', '--config.mesh.fsdp=-1', '--config.mesh.data=1',
+                 '--config.tracking.tensorboard=false', '--dry_run']
+  one, two = (command_line.parse(argv) for argv in (with_equals, ' '.join(with_equals).replace('=', ' ').split()))
+  assert one.config.mesh.fsdp == -1 and not one.config.tracking.tensorboard
+  assert one.flag_values_dict() == two.flag_values_dict() and two.dry_run
 
 
 def test_the_resolved_config_is_printed(run, tmp_path):
@@ -140,6 +149,16 @@ def test_an_interrupted_run_exits_as_one_that_was_terminated(run, tmp_path, monk
   status, printed = run(tmp_path / 'run')
   assert status == 128 + signal.SIGTERM
   assert 'the same command continues it' in printed and 'Traceback' not in printed
+
+
+@pytest.mark.parametrize(('error', 'expected'), [(ValueError('half a cluster'), 2), (RuntimeError('too late'), 1)])
+def test_a_host_that_does_not_come_may_be_there_the_next_time(run, tmp_path, monkeypatch, error, expected):
+  def join():
+    raise error
+
+  monkeypatch.setattr(processes, 'join', join)
+  status, printed = run(tmp_path / 'run', '--distributed')
+  assert status == expected and f'error: {error}' in printed
 
 
 def test_a_full_disk_is_said_in_words(run, tmp_path, monkeypatch):

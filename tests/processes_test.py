@@ -169,7 +169,7 @@ def test_a_checkpoint_is_restored_to_the_bit_on_any_mesh(made, stopped):
 
 def test_an_error_of_one_process_is_told_by_all_before_anything_is_computed(launch, tmp_path):
   ended = launch(tmp_path / 'run', processes=2, of_each={1: [f'--workdir={tmp_path / "elsewhere"}']})
-  assert [status for status, _, _ in ended] == [1, 1]
+  assert [status for status, _, _ in ended] == [2, 2]
   assert 'error: process 1 failed, looking for the workdir: ValueError: --workdir ' in ended[0][1]
   assert 'error: --workdir ' in ended[1][1] and 'is not the same folder on every host' in ended[1][1]
   assert not (tmp_path / 'run' / 'config.json').exists()
@@ -197,6 +197,9 @@ def test_who_fails_raises_its_error_and_the_others_say_whose_it_was(beside):
   assert processes.together('working', lambda: 5) == processes.from_lead('working', lambda: 5) == 5
   beside('', 'OSError: no disk')
   with pytest.raises(processes.PeerFailed, match='process 2 failed, working: OSError: no disk'):
+    processes.together('working', lambda: 5)
+  beside('', 'ValueError: no such key')
+  with pytest.raises(processes.PeerRefused, match='process 2 failed, working: ValueError: no such key'):
     processes.together('working', lambda: 5)
   with pytest.raises(ZeroDivisionError):
     processes.together('working', lambda: 1 // 0)
@@ -246,6 +249,7 @@ def test_doremi_on_two_processes_is_doremi_on_one(launch, made, tmp_path):
 
 @pytest.mark.parametrize(('variables', 'message'), [
   ({'JAX_PROCESS_ID': '0'}, 'JAX_PROCESS_ID set, but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES'),
+  ({'JAX_COORDINATOR_ADDRESS': 'h', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '1'}, "'h' has no port; want"),
   ({'JAX_COORDINATOR_ADDRESS': 'h:1', 'JAX_NUM_PROCESSES': '2', 'JAX_PROCESS_ID': '2'}, 'one of 0 ... number - 1'),
 ])
 def test_half_a_cluster_is_refused(monkeypatch, variables, message):

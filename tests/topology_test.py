@@ -10,11 +10,12 @@ import logging
 import math
 import pathlib
 import runpy
+import types
 
 import jax
 import pytest
 
-from datasel import absent, build, command_line, forecast, hardware, hlo_costs, topology, workdir
+from datasel import absent, build, command_line, forecast, hardware, hlo_costs, sharding, topology, workdir
 from datasel.data import mixture
 from datasel.methods.doremi import run as doremi
 from datasel.models.presets import PRESETS
@@ -55,7 +56,7 @@ def test_the_table_in_docs_is_what_the_compiler_says(name):
   made, [kept] = table['make'](*row), workdir.read_json(ROOT / 'docs/topologies.json')[table['key'](*row)]['programs']
   [one] = made['programs']
   assert made['fits'] is one['fits'] is kept['fits'] is True
-  assert one['memory']['total'] == pytest.approx(kept['memory']['total'], rel=0.1)
+  assert one['memory']['total'] == pytest.approx(kept['memory']['total'], rel=0.15)  # other versions
   assert one['flops']['formula'] == kept['flops']['formula']
   assert one['flops']['counted'] == pytest.approx(kept['flops']['counted'], rel=0.02)
   assert one['compile_seconds'] > 0 and not one['unknown_loops']
@@ -100,7 +101,9 @@ def test_topologies_have_their_devices(name, n, kind):
 @pytest.mark.parametrize('overrides, complaint', [
   (['mesh.data=3'], 'mesh .* has 3 places for 4 devices'),
   (['mesh.data=1', 'mesh.fsdp=2', 'mesh.tensor=2', 'train.batch_size=7'], 'batch of 7 is not a multiple of .* = 2'),
-  (['mesh.data=1', 'mesh.tensor=4'], 'cannot be split'),  # 2 heads
+  (['mesh.fsdp=3'], 'mesh: fsdp=3 does not divide the 4 devices'),
+  (['mesh.data=1', 'mesh.tensor=4'],
+   r'its axis kv_heads of 1 cannot be split over mesh.tensor=4; .*--config.sharding.kv_heads='),
 ])
 def test_a_mesh_that_does_not_divide_the_run_is_bad_input(overrides, complaint):
   with pytest.raises(ValueError, match=complaint):
@@ -108,11 +111,13 @@ def test_a_mesh_that_does_not_divide_the_run_is_bad_input(overrides, complaint):
 
 
 @needs_libtpu
-def test_a_mesh_that_does_not_lie_along_the_slice_is_bad_input(capsys):
-  """64 of 4 x 4 x 8 chips are no product of whole sides with 2 left over."""
-  mesh = ('--config.mesh.data=64', '--config.mesh.fsdp=2')
-  assert gate('pretrain/pds_160m.py:smoke', '--topology=v5p:4x4x8', *mesh) == 2
-  assert 'cannot be laid out over 128 x TPU v5' in capsys.readouterr().err
+@pytest.mark.parametrize('name, data, fsdp', [('v6e:4x4', 2, 8), ('v5p:4x4x8', 64, 2)])
+def test_a_mesh_may_split_the_sides_of_a_slice(name, data, fsdp):
+  """8 is no product of 4 and 4."""
+  _, devices = absent.devices(name)
+  mesh = sharding.make_mesh(data, fsdp, 1, devices=devices)
+  assert mesh.devices.shape == (data, fsdp, 1)
+  assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in devices)
 
 
 @pytest.mark.parametrize('arguments, complaint', [
@@ -128,6 +133,39 @@ def test_a_mesh_that_does_not_lie_along_the_slice_is_bad_input(capsys):
 def test_bad_questions_end_with_2_and_say_why(arguments, complaint, capsys):
   assert gate('pretrain/pds_160m.py:smoke', *arguments) == 2
   assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('where, complaint', [('', 'is a folder'), ('file/answer.json', 'cannot be written')])
+def test_an_answer_that_could_not_be_kept_is_refused_before_compiling(where, complaint, tmp_path, capsys, monkeypatch):
+  (tmp_path / 'file').touch()
+  monkeypatch.setattr(topology, 'examine', None)
+  assert gate('pretrain/pds_160m.py:smoke', '--topology=v5e:2x2', f'--output={tmp_path / where}') == 2
+  assert f'--output={tmp_path / where} {complaint}' in capsys.readouterr().err
+
+
+def test_an_unforeseen_error_is_not_taken_for_a_run_that_does_not_fit(capsys, monkeypatch):
+  monkeypatch.setattr(topology, 'examine', lambda *_, **__: {}['absent'])
+  assert gate('pretrain/pds_160m.py:smoke', '--topology=v5e:2x2') == 2
+  assert "error: KeyError: 'absent'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('said, fits', [('Ran out of memory: Used 24.51G of 15.75G hbm.', False),
+                                        ('Used 17.00M of 16.00M vmem.', None)])
+def test_a_program_that_does_not_compile_does_not_fit_only_for_want_of_memory(said, fits, monkeypatch):
+  class Program:
+    def lower(self, *arguments):
+      raise jax.errors.JaxRuntimeError(said)
+
+  config = load('pretrain/pds_160m.py:smoke')
+  mesh = build.mesh(config.mesh, jax.devices()[:4])
+  stage = build.Stage('main', PRESETS['smoke'], lambda *_: None, 10, 8, 1, 16)
+  arguments = build.call(stage, config, mesh)[1]
+  monkeypatch.setattr(build, 'call', lambda *_: (Program(), arguments))
+  if fits is None:
+    with pytest.raises(ValueError, match='main does not compile for v5e: Used 17.00M'):
+      forecast.forecast(stage, config, mesh, hardware.CHIPS['v5e'])
+  else:
+    assert forecast.forecast(stage, config, mesh, hardware.CHIPS['v5e'])['fits'] is fits
 
 
 @pytest.mark.parametrize('name, extra', [('v5e:2x2', '.[tpu]'), ('h200:8', '.[cuda]')])
@@ -160,6 +198,18 @@ def test_domains_are_counted_or_assumed_where_no_one_names_them(tmp_path):
   assert topology._store(load('doremi/glam_rounds.py', f'doremi.baseline={weights}'), 0).domains == ('code', 'web')
 
 
+def test_weights_of_another_machine_are_planned_as_uniform_ones(caplog):
+  for name, key in (('pretrain/pds_160m.py', 'pretrain.mixture'), ('doremi/glam_rounds.py', 'doremi.baseline')):
+    config = load(name, f'{key}=/no/such/place/mixture.json')
+    with caplog.at_level(logging.INFO):
+      planned = topology._with_weights(config)
+    section, field = key.split('.')
+    assert planned[section][field] == 'uniform' and config[section][field] == '/no/such/place/mixture.json'
+    assert f'config.{key}: /no/such/place/mixture.json is not on this machine' in caplog.text
+    kept = topology._with_weights(load(name, f'{key}=unifrom'))  # a mistake, of which the run would be told too
+    assert kept[section][field] == 'unifrom'
+
+
 def test_the_roofline_is_its_longest_term():
   """By hand, on a chip of round numbers: 4 devices, 2 x 16 tokens."""
   chip = dataclasses.replace(hardware.CHIPS['v5e'], flops=1e9, bandwidth=1e9, links=1e9)
@@ -180,13 +230,24 @@ def test_the_roofline_is_its_longest_term():
 
 
 def test_gpus_of_several_hosts_meet_over_the_network():
+  """And those of one host over its links, however many hosts there are."""
   chip, costs = hardware.CHIPS['h200'], hlo_costs.Costs(flops=1.0, traffic_bytes=1.0, collectives={
-    ('all-reduce', False): hlo_costs.Collective('all-reduce', False, 1, 1e9, 1e9)})
+    ('all-gather', False): hlo_costs.Collective('all-gather', False, 1, 4e9, 4e9),
+    ('all-reduce', False): hlo_costs.Collective('all-reduce', False, 1, 1e9, 1e9, network_bytes=1e9)})
   stage = build.Stage('main', PRESETS['smoke'], lambda *_: None, 10, 8, 1, 16)
   mesh = build.mesh(load('pretrain/pds_160m.py:smoke').mesh, jax.devices()[:4])
-  seconds = lambda chip: forecast._costs(stage, mesh, chip, costs)['seconds']['interconnect']
-  assert seconds(chip) == pytest.approx(1e9 / 450e9)
-  assert seconds(dataclasses.replace(chip, neighbours=2)) == pytest.approx(1e9 / 50e9)
+  seconds = forecast._costs(stage, mesh, chip, costs)['seconds']['interconnect']
+  assert seconds == pytest.approx(4e9 / 450e9 + 1e9 / 50e9)
+  assert forecast._hosts(mesh, dataclasses.replace(chip, neighbours=2)) == (0, 0, 1, 1)
+  assert forecast._hosts(mesh, chip) == (0, 0, 0, 0) and forecast._hosts(mesh, hardware.CHIPS['v5e']) == ()
+
+
+def test_a_measured_peak_is_shared_by_the_devices_of_a_cpu_only(monkeypatch):
+  monkeypatch.setattr(jax, 'local_device_count', lambda: 10**9)
+  measured = hardware.peak_flops_per_device.__wrapped__
+  assert measured()[0] < 1e6
+  monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(platform='gpu', device_kind='unheard of')])
+  assert measured()[0] > 1e6
 
 
 @pytest.mark.parametrize('text, needs', [

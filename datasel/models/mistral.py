@@ -76,9 +76,11 @@ class Mistral:
 
   def flops_per_token(self, length: int) -> float:
     """Training FLOPs per token: 6 per matrix parameter (the head once, the embedding look-up none) and
-    12 n_layers H Dh times the mean number of visible positions, which is L/2 under causal attention."""
+    12 n_layers H Dh times the mean number of visible positions, which is L/2 under causal attention and
+    W - W^2/2L in a window of W < L (each less than the exact mean by at most half a position)."""
     matrices = self.n_params - (0 if self.tied else self.vocab_size * self.d_model)
-    visible = min(length / 2, self.window or length)
+    window = min(self.window or length, length)
+    visible = window - window**2 / (2 * length) if length else 0.0
     return 6.0 * matrices + 12.0 * self.n_layers * self.n_heads * self.head_dim * visible
 
   def init(self, key: jax.Array) -> dict:

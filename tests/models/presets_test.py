@@ -1,6 +1,9 @@
 """The papers' tables of sizes, as parameter counts."""
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 
 from datasel.models.presets import PRESETS
@@ -29,6 +32,18 @@ def test_count_by_hand():
   layer = 4 * 256 * 256 + 3 * 256 * 512 + 2 * 256
   assert m.n_params == 2 * layer + 2 * 50_432 * 256 + 256
   assert m.flops_per_token(2048) == 6 * (m.n_params - 50_432 * 256) + 12 * 2 * 256 * 1024
+
+
+@pytest.mark.parametrize('window', [1, 7, 63, 64, 100])
+def test_attention_is_counted_at_the_mean_of_what_is_visible(window):
+  """To half a position, in any window; without one, and in one of the whole length, at half the length."""
+  m, length = dataclasses.replace(PRESETS['smoke'], window=window), 64
+  counted = (m.flops_per_token(length) - m.flops_per_token(0)) / (12 * m.n_layers * m.n_heads * m.head_dim)
+  exact = np.minimum(np.arange(length) + 1, window).mean()
+  assert counted == pytest.approx(exact - min(window, length) / (2 * length))
+  if window >= length:
+    assert counted == length / 2
+    assert m.flops_per_token(length) == dataclasses.replace(m, window=None).flops_per_token(length)
 
 
 @pytest.mark.parametrize('name', ['pds_160m', 'doremi_280m', 'regmix_60m'])

@@ -7,10 +7,14 @@ product is as large as the block allows.
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from datasel.attention.tiles import VECTORS, Pass, Visible, pad_to
 
-BLOCK = 256  # positions of a tile
+
+def _block(length: int) -> int:
+  """Positions of a tile: a quarter of the row, so that what a causal mask hides is skipped, in [64, 256]."""
+  return min(256, max(64, pl.next_power_of_2(length) // 4), -(-length // 8) * 8)
 
 
 def run(which: Pass, visible: Visible, operands: dict[str, jax.Array],
@@ -18,7 +22,7 @@ def run(which: Pass, visible: Visible, operands: dict[str, jax.Array],
   """One pass.  operands: B x L x (H or K) x Dh, or B x H x L for the vectors; gives its outputs, shaped alike."""
   L, H = operands['q'].shape[1:3]
   K, Dh = operands['k'].shape[2:]
-  block = min(BLOCK, -(-L // 8) * 8)
+  block = _block(L)
   group = {'queries': H // K, 'keys': 1}
   padded = L + -L % block
 

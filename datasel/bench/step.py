@@ -35,6 +35,8 @@ def run(*, preset: str = '', batch_size: int = 0, length: int = 0, microbatches:
     raise ValueError(f'unknown preset {preset!r}; known: {", ".join(PRESETS)}')
   batch_size, length = batch_size or (16 if on_cpu else 64), length or (256 if on_cpu else 1024)
   model = dataclasses.replace(PRESETS[preset], attention=attention, remat=remat or 'attention')
+  if on_cpu:  # which has no fast bfloat16, for neither contender
+    model = dataclasses.replace(model, dtype='float32')
   tokens = np.random.default_rng(0).integers(0, model.vocab_size, (batch_size, length + 1)).astype(np.int32)
   product, flops, _, _ = timing.limits(model.dtype)
   contenders = {_OURS: _ours(model, tokens, microbatches), 'matrix product': product}

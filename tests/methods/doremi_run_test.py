@@ -184,7 +184,7 @@ def test_a_start_that_does_not_fit_is_refused(finished, store, tmp_path):
   with pytest.raises(ValueError, match='model of another shape: d_ff 24'):
     checks.check_starting_point(wider, store)
   [elsewhere, *_] = stages(doremi__init_from=str(stage))
-  with pytest.raises(FileNotFoundError, match='not the checkpoints/ folder'):
+  with pytest.raises(ValueError, match='not the checkpoints/ folder'):
     checks.check_starting_point(elsewhere, store)
   made = workdir.read_json(stage / 'stage.json')
   workdir.write_json(stage / 'stage.json', made | {'tokenizer': 'another'})

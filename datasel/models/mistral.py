@@ -1,4 +1,4 @@
-"""A Mistral-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU or plain GELU, no biases.
+"""A Mistral-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; or GPT-NeoX's variations of it.
 
 Flax (nnx) defines the parameters and the arithmetic of one layer; everything above this file sees plain functions of a
 nested dict of float32 arrays, whose layers are stacked on a leading axis, and a table of their logical axis names.
@@ -6,7 +6,6 @@ nested dict of float32 arrays, whose layers are stacked on a leading axis, and a
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,10 @@ from flax import nnx
 
 from datasel import sharding
 from datasel.attention import Mask, attention
+from datasel.attention.cached import cached_attention
 from datasel.batch import Batch
+from datasel.models import rope
+from datasel.models.layers import ACTIVATIONS, NORMS, Attend, Block, Decoder, Norm
 
 # What the backward pass keeps of a layer.  'full' keeps its input alone and computes the rest again.
 REMAT: dict[str, Callable | None] = {
@@ -38,10 +40,15 @@ class Mistral:
   n_kv_heads: int
   head_dim: int
   d_ff: int
-  gated: bool = True  # SwiGLU; False: one GELU layer
+  gated: bool = True  # a gated feed-forward layer (SwiGLU); False: a plain one
+  activation: str = 'silu'  # of the feed-forward layer: 'silu', 'gelu', 'gelu_tanh'
+  norm: str = 'rms'  # or 'layer'
+  bias: bool = False  # in every matrix product of a layer
+  parallel: bool = False  # attention and feed-forward read the same input (GPT-NeoX), not one the other's output
   tied: bool = False  # one matrix for the embedding and the output head
   rope_fraction: float = 1.0  # part of each head that rotates (GPT-NeoX: 0.25)
   rope_theta: float = 1e4
+  rope_scaling: tuple[tuple[str, Any], ...] = ()  # (('rope_type', 'linear'), ('factor', 2.0)): see models/rope.py
   window: int | None = None  # sliding attention window, tokens
   norm_eps: float = 1e-5
   init_std: float = 0.02
@@ -60,6 +67,13 @@ class Mistral:
       raise ValueError(f'model n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}')
     if not 0 <= self.rope_fraction <= 1:
       raise ValueError(f'model rope_fraction {self.rope_fraction} is not in [0, 1]')
+    # JSON and configs bring lists or a dict; the shape of a compiled program must be hashable.
+    object.__setattr__(self, 'rope_scaling', tuple(sorted((str(k), v) for k, v in dict(self.rope_scaling).items())))
+    if self.rope_scaling:
+      rope.check_scaling(dict(self.rope_scaling))
+    for name, known in (('activation', ACTIVATIONS), ('norm', NORMS)):
+      if getattr(self, name) not in known:
+        raise ValueError(f'unknown model {name} {getattr(self, name)!r}; known: {sorted(known)}')
     if self.dtype not in ('float32', 'bfloat16'):
       raise ValueError(f"model dtype {self.dtype!r}: want 'float32' or 'bfloat16' (float16 would need loss scaling)")
     if self.remat not in REMAT:
@@ -101,27 +115,69 @@ class Mistral:
   def hidden(self, params: dict, tokens_BxL: jax.Array, segment_BxL: jax.Array | None = None,
              position_BxL: jax.Array | None = None) -> jax.Array:
     """B x L x D activations after the last norm, in the compute dtype."""
-    if position_BxL is None:
-      position_BxL = jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)
     mask = Mask(causal=True, window=self.window, segment_BxL=segment_BxL)
-    rotation = _rotation(position_BxL, self.rotary_dim, self.rope_theta)
-    layer_graph = nnx.graphdef(_abstract_block(self))
-
-    def layer(x_BxLxD, layer_params):
-      block = nnx.merge(layer_graph, _state(layer_params))
-      return block(x_BxLxD, rotation, mask), None
-
+    attend = lambda q, k, v: (attention(q, k, v, mask, implementation=self.attention), None)
+    layer = self._layer(attend, _positions(tokens_BxL) if position_BxL is None else position_BxL)
     if REMAT[self.remat] is not None:
       layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-    x_BxLxD = sharding.by_batch_shard(self._look_up, params['embed']['kernel'], ('vocab', 'embed'), tokens_BxL)
-    x_BxLxD = sharding.constrain(x_BxLxD, 'batch', 'length', 'residual')
-    x_BxLxD, _ = jax.lax.scan(layer, x_BxLxD, params['blocks'])
-    return _rms_norm(x_BxLxD, params['norm']['scale'], self.norm_eps)
+    x_BxLxD, _ = jax.lax.scan(layer, self._embed(params, tokens_BxL), params['blocks'])
+    return self._norm(params, x_BxLxD)
 
   def apply(self, params: dict, tokens_BxL: jax.Array, segment_BxL: jax.Array | None = None,
             position_BxL: jax.Array | None = None) -> jax.Array:
     """float32 logits B x L x V.  For losses use `token_nll`, which never builds them whole."""
-    return self._logits(self._head(params), self.hidden(params, tokens_BxL, segment_BxL, position_BxL))
+    return self.logits(params, self.hidden(params, tokens_BxL, segment_BxL, position_BxL))
+
+  def logits(self, params: dict, hidden_BxLxD: jax.Array) -> jax.Array:
+    """float32 B x L x V, of what `hidden`, `prefill` or `extend` gave."""
+    return self._logits(self._head(params), hidden_BxLxD)
+
+  def empty_cache(self, rows: int, length: int) -> dict:
+    """Keys and values of `length` positions, n_layers x B x T x K x Dh each in the compute dtype, none written yet."""
+    shape = (self.n_layers, rows, length, self.n_kv_heads, self.head_dim)
+    return {name: jnp.zeros(shape, self.dtype) for name in ('key', 'value')}
+
+  def prefill(self, params: dict, tokens_BxL: jax.Array, cache_length: int) -> tuple[jax.Array, dict]:
+    """Reads prompts that begin at position 0, padded on the right, by flash attention: (hidden_BxLxD, the cache).
+
+    Slot t of a row's cache, of `cache_length` >= L slots, holds its position t.  What padding wrote there is never
+    seen: a position sees only earlier ones, and `extend` writes a slot before it shows it.
+    """
+    mask = Mask(causal=True, window=self.window)
+    attend = lambda q, k, v: (attention(q, k, v, mask, implementation=self.attention), {'key': k, 'value': v})
+    layer = self._layer(attend, _positions(tokens_BxL))
+    x_BxLxD, cache = jax.lax.scan(layer, self._embed(params, tokens_BxL), params['blocks'])
+    room = cache_length - tokens_BxL.shape[1]
+    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache)
+    return self._norm(params, x_BxLxD), cache
+
+  def extend(self, params: dict, tokens_BxL: jax.Array, position_BxL: jax.Array,
+             cache: dict) -> tuple[jax.Array, dict]:
+    """Reads L more tokens of each row (one, when decoding): (hidden_BxLxD, the cache with them in it).
+
+    position_BxL: int32, each token's position and slot; -1 for none there: it is not written and its hidden state
+    means nothing.
+    """
+    length = cache['key'].shape[2]
+    row_Bx1 = jnp.arange(tokens_BxL.shape[0])[:, None]
+    slot_BxL = jnp.where(position_BxL < 0, length, position_BxL)  # out of range: dropped by the scatter
+    age_BxLxT = position_BxL[:, :, None] - jnp.arange(length)[None, None]
+    visible_BxLxT = (age_BxLxT >= 0) & (age_BxLxT < (self.window or length))
+
+    def attend(q, k, v, cache, n):
+      put = lambda name, x: cache[name].at[n, row_Bx1, slot_BxL].set(x, mode='drop')
+      cache = {'key': put('key', k), 'value': put('value', v)}
+      return cached_attention(q, cache['key'][n], cache['value'][n], visible_BxLxT), cache
+
+    def layer(carry, layer):  # the cache is carried, not scanned over: so it is updated in place
+      x_BxLxD, cache = carry
+      layer_params, n = layer
+      own = self._layer(functools.partial(attend, cache=cache, n=n), jnp.maximum(position_BxL, 0))
+      return own(x_BxLxD, layer_params), None
+
+    (x_BxLxD, cache), _ = jax.lax.scan(
+      layer, (self._embed(params, tokens_BxL), cache), (params['blocks'], jnp.arange(self.n_layers)))
+    return self._norm(params, x_BxLxD), cache
 
   def token_nll(self, params: dict, batch: Batch) -> jax.Array:
     """float32 B x L negative log-likelihood of `targets_BxL`, nats, unmasked.
@@ -131,6 +187,19 @@ class Mistral:
     hidden_BxLxD = self.hidden(params, batch['tokens_BxL'], batch.get('segment_BxL'), batch.get('position_BxL'))
     kernel_VxD = self._head(params)
     return sharding.by_batch_shard(self._head_nll, kernel_VxD, ('vocab', 'embed'), hidden_BxLxD, batch['targets_BxL'])
+
+  def _layer(self, attend: Attend, position_BxL: jax.Array) -> Callable[[jax.Array, dict], tuple[jax.Array, Any]]:
+    """(x_BxLxD, a layer's parameters) -> (x_BxLxD, what `attend` keeps): one turn of the scan over the layers."""
+    rotation = rope.rotation(position_BxL, self.rotary_dim, self.rope_theta, dict(self.rope_scaling))
+    graph = nnx.graphdef(_abstract_block(self))
+    return lambda x_BxLxD, params: nnx.merge(graph, _state(params))(x_BxLxD, rotation, attend)
+
+  def _embed(self, params: dict, tokens_BxL: jax.Array) -> jax.Array:
+    x_BxLxD = sharding.by_batch_shard(self._look_up, params['embed']['kernel'], ('vocab', 'embed'), tokens_BxL)
+    return sharding.constrain(x_BxLxD, 'batch', 'length', 'residual')
+
+  def _norm(self, params: dict, x_BxLxD: jax.Array) -> jax.Array:
+    return nnx.merge(nnx.graphdef(_abstract_norm(self)), _state(params['norm']))(x_BxLxD)
 
   def _look_up(self, kernel_VxD: jax.Array, tokens_BxL: jax.Array) -> jax.Array:
     return kernel_VxD[tokens_BxL].astype(self.dtype)  # in this order its gradient is summed in float32
@@ -162,82 +231,15 @@ class Mistral:
     return sharding.constrain(logits_BxLxV, 'batch', 'length', 'vocab')
 
 
-class _Kernel(nnx.Module):
-  """One matrix (or higher array) and the logical names of its axes."""
-
-  def __init__(self, key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...], std: float):
-    self.kernel = nnx.Param(std * jax.random.normal(key, shape, jnp.float32), out_sharding=axes)
-
-
-class _Norm(nnx.Module):
-
-  def __init__(self, d_model: int):
-    self.scale = nnx.Param(jnp.ones((d_model,), jnp.float32), out_sharding=('norm',))
-
-
-class _Block(nnx.Module):
-  """x + attention(norm(x)), then x + feed-forward(norm(x))."""
-
-  def __init__(self, model: Mistral, key: jax.Array):
-    self.model = model
-    D, H, K, Dh, F = model.d_model, model.n_heads, model.n_kv_heads, model.head_dim, model.d_ff
-    std = model.init_std
-    out_std = std / (2 * model.n_layers) ** 0.5 if model.residual_init_std is None else model.residual_init_std
-    keys = iter(jax.random.split(key, 7))
-    self.attention_norm, self.mlp_norm = _Norm(D), _Norm(D)
-    self.query = _Kernel(next(keys), (D, H, Dh), ('embed', 'heads', 'head_dim'), std)
-    self.key = _Kernel(next(keys), (D, K, Dh), ('embed', 'kv_heads', 'head_dim'), std)
-    self.value = _Kernel(next(keys), (D, K, Dh), ('embed', 'kv_heads', 'head_dim'), std)
-    self.out = _Kernel(next(keys), (H, Dh, D), ('heads', 'head_dim', 'embed'), out_std)
-    self.up = _Kernel(next(keys), (D, F), ('embed', 'mlp'), std)
-    self.down = _Kernel(next(keys), (F, D), ('mlp', 'embed'), out_std)
-    if model.gated:
-      self.gate = _Kernel(next(keys), (D, F), ('embed', 'mlp'), std)
-
-  def __call__(self, x_BxLxD: jax.Array, rotation: tuple[jax.Array, jax.Array], mask: Mask) -> jax.Array:
-    model = self.model
-    product = functools.partial(_product, dtype=model.dtype)
-    h_BxLxD = _rms_norm(x_BxLxD, self.attention_norm.scale[...], model.norm_eps)
-    q_BxLxHxDh = _rotate(product(h_BxLxD, self.query), rotation)
-    k_BxLxKxDh = _rotate(product(h_BxLxD, self.key), rotation)
-    v_BxLxKxDh = product(h_BxLxD, self.value)
-    q_BxLxHxDh = sharding.constrain(q_BxLxHxDh, 'batch', 'length', 'heads', 'head_dim')
-    seen_BxLxHxDh = attention(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask, implementation=model.attention)
-    x_BxLxD = x_BxLxD + product(seen_BxLxHxDh, self.out, inner=2)
-    x_BxLxD = sharding.constrain(x_BxLxD, 'batch', 'length', 'residual')
-
-    h_BxLxD = _rms_norm(x_BxLxD, self.mlp_norm.scale[...], model.norm_eps)
-    up_BxLxF = product(h_BxLxD, self.up)
-    if model.gated:
-      up_BxLxF = jax.nn.silu(product(h_BxLxD, self.gate)) * up_BxLxF
-    else:
-      up_BxLxF = jax.nn.gelu(up_BxLxF)
-    x_BxLxD = x_BxLxD + product(up_BxLxF, self.down)
-    return sharding.constrain(x_BxLxD, 'batch', 'length', 'residual')
-
-
-class _Decoder(nnx.Module):
-  """The parameters of the whole model; its forward pass is `Mistral.hidden`, a scan over the stacked layers."""
-
-  def __init__(self, model: Mistral, key: jax.Array):
-    embed_key, head_key, blocks_key = jax.random.split(key, 3)
-    self.embed = _Kernel(embed_key, (model.vocab_size, model.d_model), ('vocab', 'embed'), model.init_std)
-    self.blocks = nnx.vmap(lambda k: _Block(model, k), transform_metadata={nnx.PARTITION_NAME: 'layers'})(
-      jax.random.split(blocks_key, model.n_layers))
-    self.norm = _Norm(model.d_model)
-    if not model.tied:
-      self.head = _Kernel(head_key, (model.vocab_size, model.d_model), ('vocab', 'embed'), model.init_std)
-
-
 def _split(model: Mistral, key: jax.Array) -> tuple[Any, Any]:
   # Parameters are placed by the caller's jit; nnx's own eager sharding would demand a mesh here.
   with nnx.use_eager_sharding(False):
-    return nnx.split(_Decoder(model, key), nnx.Param)
+    return nnx.split(Decoder(model, key), nnx.Param)
 
 
 def _split_abstract(model: Mistral) -> tuple[Any, Any]:
   with nnx.use_eager_sharding(False):
-    return nnx.split(nnx.eval_shape(lambda: _Decoder(model, jax.random.key(0))), nnx.Param)
+    return nnx.split(nnx.eval_shape(lambda: Decoder(model, jax.random.key(0))), nnx.Param)
 
 
 @functools.cache
@@ -246,40 +248,20 @@ def _abstract(model: Mistral) -> dict:
 
 
 @functools.cache
-def _abstract_block(model: Mistral) -> _Block:
+def _abstract_block(model: Mistral) -> Block:
   with nnx.use_eager_sharding(False):
-    return nnx.eval_shape(lambda: _Block(model, jax.random.key(0)))
+    return nnx.eval_shape(lambda: Block(model, jax.random.key(0)))
+
+
+@functools.cache
+def _abstract_norm(model: Mistral) -> Norm:
+  with nnx.use_eager_sharding(False):
+    return nnx.eval_shape(lambda: Norm(model.norm, model.d_model, model.norm_eps))
 
 
 def _state(params: dict) -> nnx.State:
   return nnx.State(jax.tree.map(nnx.Param, params))
 
 
-def _product(x: jax.Array, module: _Kernel, *, dtype: str, inner: int = 1) -> jax.Array:
-  """The last `inner` axes of x times the first of the kernel: as one matrix product, a third faster on CPUs."""
-  kernel = module.kernel[...].astype(dtype)
-  rows, outer = x.shape[:-inner], kernel.shape[inner:]
-  flat = x.reshape(math.prod(rows), -1) @ kernel.reshape(-1, math.prod(outer))
-  return flat.reshape(*rows, *outer)
-
-
-def _rms_norm(x_BxLxD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-  x32 = x_BxLxD.astype(jnp.float32)
-  x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-  return (x32 * scale_D[None, None]).astype(x_BxLxD.dtype)
-
-
-def _rotation(position_BxL: jax.Array, dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, B x L x 1 x dim/2 float32: computed once, shared by all layers."""
-  frequency = theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / max(dim, 1))
-  angle_BxLx1xR = position_BxL[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-  return jnp.cos(angle_BxLx1xR), jnp.sin(angle_BxLx1xR)
-
-
-def _rotate(x_BxLxHxDh: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotary position embedding on the first channels of each head, halves paired as Hugging Face pairs them."""
-  cos, sin = rotation
-  half = cos.shape[-1]
-  x32 = x_BxLxHxDh.astype(jnp.float32)
-  first, second, rest = x32[..., :half], x32[..., half:2 * half], x32[..., 2 * half:]
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1).astype(x_BxLxHxDh.dtype)
+def _positions(tokens_BxL: jax.Array) -> jax.Array:
+  return jnp.broadcast_to(jnp.arange(tokens_BxL.shape[1]), tokens_BxL.shape)

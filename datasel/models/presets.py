@@ -18,7 +18,8 @@ def _pds(n_layers: int, d_model: int, n_heads: int, head_dim: int, d_ff: int) ->
 def _doremi(n_layers: int, n_heads: int, head_dim: int, d_model: int, d_ff: int) -> Mistral:
   """DoReMi (arXiv 2305.10429, Table 9): tied, one GELU layer, SentencePiece vocabulary of 256,000."""
   return Mistral(vocab_size=256_000, n_layers=n_layers, d_model=d_model, n_heads=n_heads, n_kv_heads=n_heads,
-                 head_dim=head_dim, d_ff=d_ff, gated=False, tied=True, dtype='bfloat16', loss_chunk=32)
+                 head_dim=head_dim, d_ff=d_ff, gated=False, activation='gelu_tanh', tied=True, dtype='bfloat16',
+                 loss_chunk=32)
 
 
 def _regmix(n_layers: int, n_heads: int, d_model: int, d_ff: int) -> Mistral:
@@ -32,7 +33,7 @@ _DOREMI_REPOSITORY = Mistral(
   # The released 120M proxy: GPT-2 shape with a quarter of each head rotating, vocabulary padded to a multiple of 8.
   # The original has LayerNorm with biases; everything here is bias-free RMSNorm.
   vocab_size=50_280, n_layers=12, d_model=768, n_heads=12, n_kv_heads=12, head_dim=64, d_ff=3072, gated=False,
-  tied=True, rope_fraction=0.25, dtype='bfloat16')
+  activation='gelu_tanh', tied=True, rope_fraction=0.25, dtype='bfloat16')
 
 _LAPTOP = Mistral(vocab_size=4096, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, tied=True,
                   init_std=0.05)  # narrow models learn faster from a wider start than 0.02

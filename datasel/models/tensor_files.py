@@ -1,0 +1,185 @@
+"""Named tensors in the files of published checkpoints: safetensors, read in place, and GGUF, dequantised."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+INDEX = 'model.safetensors.index.json'
+SINGLE = 'model.safetensors'
+_DTYPES = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F64': np.float64}
+_DIGEST = 'sha256 '  # our exports keep each tensor's digest under this prefix in a file's metadata
+_AGAIN = 'get the file again, or export it again'
+
+
+class Tensors(Protocol):
+  """Tensors by the names that Hugging Face gives them."""
+
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    """Every name there is, with the shape of its tensor."""
+
+  def array(self, name: str) -> np.ndarray:
+    """The tensor, of some float dtype; where it can be, a view of the file."""
+
+  def verify(self) -> None:
+    """Raises ValueError naming a tensor whose bytes are not those that were written."""
+
+
+class Safetensors:
+  """The safetensors of a folder, in one file or several.  ValueError names the file and tensor that is damaged."""
+
+  def __init__(self, folder: str | os.PathLike):
+    folder = pathlib.Path(folder)
+    index = folder / INDEX
+    self._files: dict[str, pathlib.Path] = {}
+    self._entries: dict[str, tuple[Any, tuple[int, ...], int]] = {}  # dtype, shape, where the bytes begin
+    self._digests: dict[str, str] = {}
+    if index.is_file():
+      listed = _parse(index.read_bytes(), index)['weight_map']
+      strange = [name for name in set(listed.values()) if not re.fullmatch(r'[\w.-]+\.safetensors', name)]
+      if strange:
+        raise ValueError(f'{index} names the file {strange[0]!r}, which is not a safetensors file beside it')
+      files = sorted(set(listed.values()))
+    elif (folder / SINGLE).is_file():
+      files, listed = [SINGLE], None
+    else:
+      pickled = sorted(p.name for p in folder.glob('*.bin'))
+      raise ValueError(f'{folder} has neither {SINGLE} nor {INDEX}' + (
+        f'; it has {pickled[0]}, which is pickled and never read here: convert it to safetensors first'
+        if pickled else ''))
+    for name in files:
+      self._read_header(folder / name)
+    if listed is not None:
+      wrong = [name for name, file in listed.items() if getattr(self._files.get(name), 'name', None) != file]
+      if wrong:
+        raise ValueError(f'tensor {wrong[0]} is not in {folder / listed[wrong[0]]}, where {INDEX} has it; {_AGAIN}')
+
+  def _read_header(self, path: pathlib.Path) -> None:
+    if not path.is_file():
+      raise ValueError(f'{path} is missing; {_AGAIN}')
+    size = path.stat().st_size
+    with open(path, 'rb') as f:
+      length = int.from_bytes(f.read(8), 'little')
+      if not 2 <= length <= min(size - 8, 100_000_000):
+        raise ValueError(f'{path} is not a safetensors file (its header would have {length} bytes); {_AGAIN}')
+      header = _parse(f.read(length), path)
+    for key, value in header.pop('__metadata__', {}).items():
+      if key.startswith(_DIGEST):
+        self._digests[key.removeprefix(_DIGEST)] = value
+    for name, entry in header.items():
+      if entry['dtype'] not in _DTYPES:
+        raise ValueError(f'{path}: tensor {name} is {entry["dtype"]}; want one of {sorted(_DTYPES)}')
+      dtype, shape, (begin, end) = np.dtype(_DTYPES[entry['dtype']]), tuple(entry['shape']), entry['data_offsets']
+      if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or 8 + length + end > size:
+        raise ValueError(f'{path}: tensor {name}, {entry["dtype"]} {list(shape)}, should fill bytes {begin} to {end}, '
+                         f'but the file has {size - 8 - length}; {_AGAIN}')
+      self._files[name], self._entries[name] = path, (dtype, shape, 8 + length + begin)
+
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    return {name: shape for name, (_, shape, _) in self._entries.items()}
+
+  def array(self, name: str) -> np.ndarray:
+    dtype, shape, begin = self._entries[name]
+    return np.memmap(self._files[name], dtype, 'r', begin, shape) if math.prod(shape) else np.zeros(shape, dtype)
+
+  def verify(self) -> None:
+    for name, wanted in self._digests.items():
+      if name in self._entries and digest(self.array(name)) != wanted:
+        raise ValueError(f'{self._files[name]}: tensor {name} was damaged after it was written; {_AGAIN}')
+
+
+class Gguf:
+  """A GGUF file (llama.cpp) of a Llama; its quantised tensors are dequantised to float32 when they are asked for."""
+
+  _NAMES = {'token_embd.weight': 'model.embed_tokens.weight', 'output_norm.weight': 'model.norm.weight',
+            'output.weight': 'lm_head.weight'}
+  _LAYER = {'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm', 'attn_q': 'self_attn.q_proj',
+            'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
+            'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj'}
+
+  def __init__(self, path: str | os.PathLike):
+    try:
+      import gguf
+    except ImportError as e:
+      raise ImportError("reading a .gguf file needs the package gguf: pip install 'datasel[demo]'") from e
+    self._path = pathlib.Path(path)
+    try:
+      self._reader = gguf.GGUFReader(self._path)
+    except (OSError, ValueError, KeyError, IndexError) as e:
+      raise ValueError(f'{self._path} is not a whole GGUF file ({e}); get it again') from e
+    self._tensors = {self._name(t.name): t for t in self._reader.tensors}
+    self.array = functools.lru_cache(maxsize=2)(self._dequantised)  # devices ask for one tensor in turn
+
+  def field(self, name: str, default: Any = None) -> Any:
+    """A value of the file's metadata."""
+    found = self._reader.fields.get(name)
+    return default if found is None else found.contents()
+
+  def _name(self, name: str) -> str:
+    layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.weight', name)
+    if layer and layer[2] in self._LAYER:
+      return f'model.layers.{layer[1]}.{self._LAYER[layer[2]]}.weight'
+    return self._NAMES.get(name, name)
+
+  def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
+
+  def _dequantised(self, name: str) -> np.ndarray:
+    import gguf
+    tensor = self._tensors[name]
+    array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    array = array.reshape(self.shapes()[name])
+    heads = {'q_proj': 'head_count', 'k_proj': 'head_count_kv'}.get(name.split('.')[-2])
+    if heads is None:
+      return array
+    # llama.cpp pairs neighbouring channels in its rotary embedding, and its converter reorders these rows for that.
+    n = self.field(f'llama.attention.{heads}')
+    return array.reshape(n, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+
+  def verify(self) -> None:
+    """GGUF holds no digests."""
+
+
+def digest(array: np.ndarray) -> str:
+  """sha256 (hex) of the bytes of a tensor."""
+  return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).reshape(-1)).hexdigest()
+
+
+def write(folder: pathlib.Path, tensors: Mapping[str, Any], max_shard_bytes: int) -> None:
+  """Writes {name: (bytes, function that gives the array)} as safetensors of at most `max_shard_bytes` each, one after
+  another, so that one file's tensors are in memory at a time; and the index, where there are several."""
+  import safetensors.numpy
+  shards: list[list[str]] = [[]]
+  room = max_shard_bytes
+  for name, (size, _) in tensors.items():
+    if size > room and shards[-1]:
+      shards.append([])
+      room = max_shard_bytes
+    shards[-1].append(name)
+    room -= size
+  place = {}
+  for n, names in enumerate(shards, 1):
+    file = SINGLE if len(shards) == 1 else f'model-{n:05}-of-{len(shards):05}.safetensors'
+    arrays = {name: np.ascontiguousarray(tensors[name][1]()) for name in names}
+    digests = {_DIGEST + name: digest(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(arrays, folder / file, metadata={'format': 'pt'} | digests)
+    place |= dict.fromkeys(names, file)
+  if len(shards) > 1:
+    total = sum(size for size, _ in tensors.values())
+    text = json.dumps({'metadata': {'total_size': total}, 'weight_map': place}, indent=2, sort_keys=True)
+    (folder / INDEX).write_text(text + '\n', encoding='utf-8')
+
+
+def _parse(content: bytes, path: pathlib.Path) -> dict:
+  try:
+    return json.loads(content)
+  except ValueError as e:
+    raise ValueError(f'{path} is damaged (its header is not JSON: {e}); {_AGAIN}') from e

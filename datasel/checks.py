@@ -13,6 +13,9 @@ from datasel.data import tokenizer as tokenizer_lib
 from datasel.data.store import Store
 from datasel.models.mistral import Mistral
 
+# Fields of a model that no parameter's shape shows, and that change what the parameters compute.
+_FUNCTION = ('activation', 'norm', 'norm_eps', 'parallel', 'rope_fraction', 'rope_theta', 'rope_scaling')
+
 
 def check_store(store: Store, config: ml_collections.ConfigDict, models: dict[str, Mistral]) -> None:
   """Refuses a store that these models cannot read, naming the keys to change."""
@@ -82,6 +85,11 @@ def check_starting_point(stage: build.Stage, store: Store) -> None:
   if made['tokenizer'] != store.tokenizer['digest']:
     raise ValueError(f'{stage.name}: init_from {checkpoints} was trained with another tokenizer than {store.path} was '
                      f'made with ({store.tokenizer["name"]}); prepare the store with that tokenizer')
+  differ = [f'{name} {getattr(stage.model, name)} (there: {made["model"].get(name)})' for name in _FUNCTION
+            if getattr(Mistral(**made['model']), name) != getattr(stage.model, name)]
+  if differ:
+    raise ValueError(f'{stage.name}: the parameters of init_from {checkpoints} belong to another function: '
+                     f'{", ".join(differ)}; set the keys of config.model to what they were trained with')
   shape = lambda params: jax.tree.map(lambda a: a.shape, params)
   if shape(Mistral(**made['model']).abstract()) != shape(stage.model.abstract()):
     differ = [f'{k} {v} (there: {made["model"][k]})' for k, v in dataclasses.asdict(stage.model).items()

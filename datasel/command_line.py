@@ -1,12 +1,23 @@
 """The flags of a run: --config=FILE.py[:ARG], --config.KEY=VALUE, --workdir=DIR, and a few switches."""
 
+import logging
 import pathlib
 import re
+import sys
 from collections.abc import Callable
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
+
+
+def log_to_stderr(format: str, level: int = logging.INFO) -> None:
+  """Our own messages from `level` up, and of the libraries' only those that matter."""
+  logging.basicConfig(level=level, format=format, datefmt='%H:%M:%S', stream=sys.stderr, force=True)
+  for noisy in ('httpx', 'jax', 'orbax'):
+    logging.getLogger(noisy).setLevel(logging.WARNING)
+  # Through it orbax logs the stack of a failed save four times before raising it.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
 
 
 def parse(argv: list[str]) -> flags.FlagValues:

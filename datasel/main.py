@@ -51,11 +51,7 @@ def methods() -> dict[str, Any]:
 
 def main(argv: list[str]) -> int:
   """The command line; returns the exit status."""
-  _log(logging.INFO)
-  for noisy in ('httpx', 'jax', 'orbax'):
-    logging.getLogger(noisy).setLevel(logging.WARNING)
-  # Through it orbax logs the stack of a failed save four times before raising it.
-  logging.getLogger('absl').setLevel(logging.CRITICAL)
+  command_line.log_to_stderr('%(asctime)s  %(message)s')
   try:
     options = command_line.parse(argv)
   except (ValueError, OSError, flags.Error) as e:
@@ -74,15 +70,10 @@ def main(argv: list[str]) -> int:
     print(f'error: {e}', file=sys.stderr)
     return _REFUSED if isinstance(e, ValueError) else 1  # a host that is late may be there the next time
   if not processes.lead():
-    _log(logging.WARNING, f'process {processes.index()}: ')
+    command_line.log_to_stderr(f'%(asctime)s  process {processes.index()}: %(message)s', logging.WARNING)
   status = _run(options, argv)
   processes.leave()
   return status
-
-
-def _log(level: int, prefix: str = '') -> None:
-  logging.basicConfig(level=level, format=f'%(asctime)s  {prefix}%(message)s', datefmt='%H:%M:%S', stream=sys.stderr,
-                      force=True)
 
 
 def _run(options: flags.FlagValues, argv: list[str]) -> int:
@@ -181,6 +172,7 @@ def _find_store(config: Any, directory: pathlib.Path) -> tuple[str, dict | None,
   otherwise today."""
   from datasel import prepare
   from datasel.data import demo
+  from datasel.data import tokenizer as tokenizers
   from datasel.data.store import read_manifest
   if (directory / 'config.json').exists():
     began_with = workdir.read_json(directory / 'data.json')
@@ -196,16 +188,22 @@ def _find_store(config: Any, directory: pathlib.Path) -> tuple[str, dict | None,
   if config.data.store:
     return str(pathlib.Path(config.data.store).absolute()), None, config.data.verify
   corpus = demo.fetch(config.data.demo)
-  tokenizer = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}.json'
-  prepare.train_tokenizer(corpus, tokenizer, vocab_size=config.model.vocab_size, max_bytes_per_domain=1_000_000,
-                          reuse=True)
-  path = corpus.parent / f'{corpus.name}-bpe{config.model.vocab_size}-{config.data.length}'
+  if config.data.tokenizer:
+    tokenizer, name = config.data.tokenizer, tokenizers.load(config.data.tokenizer).digest[:12]
+  else:
+    name = f'bpe{config.model.vocab_size}'
+    tokenizer = corpus.parent / f'{corpus.name}-{name}.json'
+    prepare.train_tokenizer(corpus, tokenizer, vocab_size=config.model.vocab_size, max_bytes_per_domain=1_000_000,
+                            reuse=True)
+  path = corpus.parent / f'{corpus.name}-{name}-{config.data.length}'
   prepare.prepare(corpus, path, tokenizer, length=config.data.length, holdout=0.05, workers=os.cpu_count() or 1)
   return str(path), workdir.read_json(corpus / 'sources.json'), 'size'
 
 
 def _record(flat: dict, directory: pathlib.Path, argv: list[str], store: Any, sources: dict | None) -> None:
   """From here on this is a run: config.json, written last, says so."""
+  from datasel.data import tokenizer
+  tokenizer.copy(store.path, directory / 'tokenizer')  # what the run's models are used with, wherever the store goes
   workdir.write_json(directory / 'data.json', _data(store, sources))
   workdir.write_json(directory / 'environment.json', environment(argv))
   workdir.write_json(directory / 'config.json', flat)

@@ -28,6 +28,12 @@ REMAT: dict[str, Callable | None] = {
   'attention': jax.checkpoint_policies.save_only_these_names('attention'),
 }
 
+# Each row of new keys goes into its own row of the cache, at (layer, slot): unlike in plain indexing, where a row may
+# go anywhere, the compiler then sees that devices with different rows have nothing to exchange.
+_ROW_BY_ROW = jax.lax.ScatterDimensionNumbers(
+  update_window_dims=(2, 3), inserted_window_dims=(0, 3), scatter_dims_to_operand_dims=(0, 3),
+  operand_batching_dims=(1,), scatter_indices_batching_dims=(0,))
+
 
 @dataclasses.dataclass(frozen=True)
 class Mistral:
@@ -133,8 +139,8 @@ class Mistral:
     return self._logits(self._head(params), hidden_BxLxD)
 
   def empty_cache(self, rows: int, length: int) -> dict:
-    """Keys and values of `length` positions, n_layers x B x T x K x Dh each in the compute dtype, none written yet."""
-    shape = (self.n_layers, rows, length, self.n_kv_heads, self.head_dim)
+    """Keys and values of `length` positions, n_layers x B x K x T x Dh each in the compute dtype, none written yet."""
+    shape = (self.n_layers, rows, self.n_kv_heads, length, self.head_dim)
     return {name: jnp.zeros(shape, self.dtype) for name in ('key', 'value')}
 
   def prefill(self, params: dict, tokens_BxL: jax.Array, cache_length: int) -> tuple[jax.Array, dict]:
@@ -144,12 +150,16 @@ class Mistral:
     seen: a position sees only earlier ones, and `extend` writes a slot before it shows it.
     """
     mask = Mask(causal=True, window=self.window)
-    attend = lambda q, k, v: (attention(q, k, v, mask, implementation=self.attention), {'key': k, 'value': v})
+    kept = lambda k, v: {'key': k.swapaxes(1, 2), 'value': v.swapaxes(1, 2)}
+    attend = lambda q, k, v: (attention(q, k, v, mask, implementation=self.attention), kept(k, v))
     layer = self._layer(attend, _positions(tokens_BxL))
     x_BxLxD, cache = jax.lax.scan(layer, self._embed(params, tokens_BxL), params['blocks'])
-    room = cache_length - tokens_BxL.shape[1]
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0))), cache)
-    return self._norm(params, x_BxLxD), cache
+    return self._norm(params, x_BxLxD), self.grow(cache, cache_length)
+
+  def grow(self, cache: dict, length: int) -> dict:
+    """The same cache with room for `length` positions, no fewer than it has."""
+    room = ((0, 0), (0, 0), (0, 0), (0, length - cache['key'].shape[3]), (0, 0))
+    return jax.tree.map(lambda x: _constrain_cache(jnp.pad(x, room)), cache)
 
   def extend(self, params: dict, tokens_BxL: jax.Array, position_BxL: jax.Array,
              cache: dict) -> tuple[jax.Array, dict]:
@@ -158,14 +168,14 @@ class Mistral:
     position_BxL: int32, each token's position and slot; -1 for none there: it is not written and its hidden state
     means nothing.
     """
-    length = cache['key'].shape[2]
-    row_Bx1 = jnp.arange(tokens_BxL.shape[0])[:, None]
+    length = cache['key'].shape[3]
     slot_BxL = jnp.where(position_BxL < 0, length, position_BxL)  # out of range: dropped by the scatter
     age_BxLxT = position_BxL[:, :, None] - jnp.arange(length)[None, None]
     visible_BxLxT = (age_BxLxT >= 0) & (age_BxLxT < (self.window or length))
 
     def attend(q, k, v, cache, n):
-      put = lambda name, x: cache[name].at[n, row_Bx1, slot_BxL].set(x, mode='drop')
+      place_BxLx2 = jnp.stack([jnp.full_like(slot_BxL, n), slot_BxL], axis=-1)
+      put = lambda name, x: jax.lax.scatter(cache[name], place_BxLx2, x, _ROW_BY_ROW, mode='drop')
       cache = {'key': put('key', k), 'value': put('value', v)}
       return cached_attention(q, cache['key'][n], cache['value'][n], visible_BxLxT), cache
 
@@ -185,8 +195,11 @@ class Mistral:
     The logits of `loss_chunk` positions exist at a time, forward and backward, so memory does not grow with L x V.
     """
     hidden_BxLxD = self.hidden(params, batch['tokens_BxL'], batch.get('segment_BxL'), batch.get('position_BxL'))
-    kernel_VxD = self._head(params)
-    return sharding.by_batch_shard(self._head_nll, kernel_VxD, ('vocab', 'embed'), hidden_BxLxD, batch['targets_BxL'])
+    return self.nll(params, hidden_BxLxD, batch['targets_BxL'])
+
+  def nll(self, params: dict, hidden_BxLxD: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+    """`token_nll` of what `hidden`, `prefill` or `extend` gave."""
+    return sharding.by_batch_shard(self._head_nll, self._head(params), ('vocab', 'embed'), hidden_BxLxD, targets_BxL)
 
   def _layer(self, attend: Attend, position_BxL: jax.Array) -> Callable[[jax.Array, dict], tuple[jax.Array, Any]]:
     """(x_BxLxD, a layer's parameters) -> (x_BxLxD, what `attend` keeps): one turn of the scan over the layers."""
@@ -261,6 +274,10 @@ def _abstract_norm(model: Mistral) -> Norm:
 
 def _state(params: dict) -> nnx.State:
   return nnx.State(jax.tree.map(nnx.Param, params))
+
+
+def _constrain_cache(x: jax.Array) -> jax.Array:
+  return sharding.constrain(x, 'layers', 'batch', 'kv_heads', 'length', 'head_dim')
 
 
 def _positions(tokens_BxL: jax.Array) -> jax.Array:

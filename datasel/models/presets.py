@@ -5,6 +5,7 @@ activation ("vanilla decoder-only Transformer"): its rows here have RMSNorm, RoP
 """
 
 import dataclasses
+from typing import Any
 
 from datasel.models.mistral import Mistral
 
@@ -27,6 +28,13 @@ def _regmix(n_layers: int, n_heads: int, d_model: int, d_ff: int) -> Mistral:
   return Mistral(vocab_size=50_432, n_layers=n_layers, d_model=d_model, n_heads=n_heads, n_kv_heads=n_heads,
                  head_dim=d_model // n_heads, d_ff=d_ff, dtype='bfloat16',
                  init_std=(2 / 5 / d_model) ** 0.5, residual_init_std=d_model**-0.5 / n_layers)
+
+
+def _llama(vocab_size: int, n_layers: int, d_model: int, n_heads: int, n_kv_heads: int, d_ff: int,
+           **more: Any) -> Mistral:
+  """A published Llama, under the shape that its config.json states."""
+  return Mistral(vocab_size=vocab_size, n_layers=n_layers, d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads,
+                 head_dim=d_model // n_heads, d_ff=d_ff, dtype='bfloat16', **more)
 
 
 _DOREMI_REPOSITORY = Mistral(
@@ -54,6 +62,17 @@ PRESETS: dict[str, Mistral] = {
   'regmix_1m': _regmix(2, 8, 256, 512),
   'regmix_60m': _regmix(10, 8, 768, 1536),
   'regmix_1b': _regmix(22, 16, 2048, 5632),
+  'smollm2_135m': _llama(49_152, 30, 576, 9, 3, 1536, tied=True, rope_theta=1e5),
+  'smollm2_360m': _llama(49_152, 32, 960, 15, 5, 2560, tied=True, rope_theta=1e5),
+  'smollm2_1_7b': _llama(49_152, 24, 2048, 32, 32, 8192, tied=True, rope_theta=1.3e5),
+  'tinyllama_1_1b': _llama(32_000, 22, 2048, 32, 4, 5632),
+  'llama2_7b': _llama(32_000, 32, 4096, 32, 32, 11_008),
+  'llama2_13b': _llama(32_000, 40, 5120, 40, 40, 13_824),
+  'mistral_7b': _llama(32_000, 32, 4096, 32, 8, 14_336, window=4096),
+  # ProX (arXiv 2409.17115): its own small Llamas, and the refiners of the smallest shape.
+  'tlm_xs': _llama(32_000, 24, 1280, 16, 1, 2048),
+  'tlm_s': _llama(32_000, 24, 1536, 24, 2, 4864),
+  'tlm_m': _llama(32_000, 24, 2048, 32, 32, 8192),
   'laptop': _LAPTOP,
   'laptop_small': dataclasses.replace(_LAPTOP, n_layers=2),
   'smoke': dataclasses.replace(_LAPTOP, vocab_size=1024, n_layers=2, d_model=64, n_heads=2, n_kv_heads=1, d_ff=128),

@@ -1,6 +1,5 @@
-"""Named tensors in the files of published checkpoints: safetensors, read in place, and GGUF, dequantised."""
+"""Named tensors in the files of published checkpoints: safetensors, written with digests and read in place."""
 
-import functools
 import hashlib
 import json
 import math
@@ -96,58 +95,6 @@ class Safetensors:
         raise ValueError(f'{self._files[name]}: tensor {name} was damaged after it was written; {_AGAIN}')
 
 
-class Gguf:
-  """A GGUF file (llama.cpp) of a Llama; its quantised tensors are dequantised to float32 when they are asked for."""
-
-  _NAMES = {'token_embd.weight': 'model.embed_tokens.weight', 'output_norm.weight': 'model.norm.weight',
-            'output.weight': 'lm_head.weight'}
-  _LAYER = {'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm', 'attn_q': 'self_attn.q_proj',
-            'attn_k': 'self_attn.k_proj', 'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj',
-            'ffn_gate': 'mlp.gate_proj', 'ffn_up': 'mlp.up_proj', 'ffn_down': 'mlp.down_proj'}
-
-  def __init__(self, path: str | os.PathLike):
-    try:
-      import gguf
-    except ImportError as e:
-      raise ImportError("reading a .gguf file needs the package gguf: pip install 'datasel[demo]'") from e
-    self._path = pathlib.Path(path)
-    try:
-      self._reader = gguf.GGUFReader(self._path)
-    except (OSError, ValueError, KeyError, IndexError) as e:
-      raise ValueError(f'{self._path} is not a whole GGUF file ({e}); get it again') from e
-    self._tensors = {self._name(t.name): t for t in self._reader.tensors}
-    self.array = functools.lru_cache(maxsize=2)(self._dequantised)  # devices ask for one tensor in turn
-
-  def field(self, name: str, default: Any = None) -> Any:
-    """A value of the file's metadata."""
-    found = self._reader.fields.get(name)
-    return default if found is None else found.contents()
-
-  def _name(self, name: str) -> str:
-    layer = re.fullmatch(r'blk\.(\d+)\.(\w+)\.weight', name)
-    if layer and layer[2] in self._LAYER:
-      return f'model.layers.{layer[1]}.{self._LAYER[layer[2]]}.weight'
-    return self._NAMES.get(name, name)
-
-  def shapes(self) -> Mapping[str, tuple[int, ...]]:
-    return {name: tuple(int(n) for n in t.shape[::-1]) for name, t in self._tensors.items()}
-
-  def _dequantised(self, name: str) -> np.ndarray:
-    import gguf
-    tensor = self._tensors[name]
-    array = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    array = array.reshape(self.shapes()[name])
-    heads = {'q_proj': 'head_count', 'k_proj': 'head_count_kv'}.get(name.split('.')[-2])
-    if heads is None:
-      return array
-    # llama.cpp pairs neighbouring channels in its rotary embedding, and its converter reorders these rows for that.
-    n = self.field(f'llama.attention.{heads}')
-    return array.reshape(n, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-
-  def verify(self) -> None:
-    """GGUF holds no digests."""
-
-
 def digest(array: np.ndarray) -> str:
   """sha256 (hex) of the bytes of a tensor."""
   return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).reshape(-1)).hexdigest()
@@ -171,6 +118,7 @@ def write(folder: pathlib.Path, tensors: Mapping[str, Any], max_shard_bytes: int
     arrays = {name: np.ascontiguousarray(tensors[name][1]()) for name in names}
     digests = {_DIGEST + name: digest(array) for name, array in arrays.items()}
     safetensors.numpy.save_file(arrays, folder / file, metadata={'format': 'pt'} | digests)
+    (folder / file).chmod(0o644)  # the library lets nobody else read it
     place |= dict.fromkeys(names, file)
   if len(shards) > 1:
     total = sum(size for size, _ in tensors.values())

@@ -1,0 +1,93 @@
+"""A trained model as a Hugging Face folder: safetensors, config, tokenizer, generation config.
+
+  python -m datasel.export WORKDIR/main --out FOLDER [--dtype bfloat16] [--max_shard_gb 4]
+
+The source may be anything that datasel.load reads.  transformers, lm-eval, vLLM and llama.cpp open the result.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+import sys
+
+from datasel import command_line, workdir
+
+# Texts on which transformers must read the exported tokenizer as we do.
+_PROBES = ('The quick brown fox.\n\n\tdef f(x):\n    return x**2  # naïve façade, 日本語', ' leading', '12,345.67  8')
+
+
+def export(source: str, out: str, *, revision: str | None = None, tokenizer: str | None = None,
+           dtype: str = 'float32', max_shard_gb: float = 4.0) -> str:
+  """Writes SOURCE to the folder `out`, which must not exist; it appears whole.  Returns what was made of it.
+
+  dtype: of the weights.  ValueError for a model that no Hugging Face architecture has, or that is not finite.
+  """
+  from datasel import pretrained
+  from datasel.models import hf
+  from datasel.models.tensor_files import Safetensors
+  folder = pathlib.Path(out).absolute()
+  if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"--dtype is {dtype!r}; want 'float32' or 'bfloat16'")
+  if not max_shard_gb > 0:
+    raise ValueError(f'--max_shard_gb is {max_shard_gb}; want a positive number')
+  if folder.exists():
+    raise ValueError(f'{folder} exists; give another --out, or delete it')
+  found = pretrained.find(source, revision=revision, tokenizer=tokenizer)
+  tokens = found.tokenizer()
+  config = hf.to_config(found.model, max_length=found.max_length, bos_id=tokens.bos_id, eos_id=tokens.eos_id,
+                        dtype=dtype)
+  partial = folder.with_name(f'.{folder.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)  # left by a kill
+  partial.mkdir(parents=True)
+  hf.save(partial, found.model, found.params(), dtype=dtype, max_shard_bytes=round(max_shard_gb * 1e9))
+  Safetensors(partial).verify()
+  workdir.write_json(partial / 'config.json', config)
+  workdir.write_json(partial / 'generation_config.json', {
+    '_from_model_config': True, 'bos_token_id': tokens.bos_id, 'eos_token_id': tokens.eos_id, 'use_cache': True})
+  _write_tokenizer(found.tokenizer_folder, partial, tokens, found.max_length)
+  os.replace(partial, folder)
+  return f'{folder}: {config["architectures"][0]}, {found.model.n_params:,} parameters, {dtype}'
+
+
+def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, tokens, max_length: int) -> None:
+  """The tokenizer's files, completed with what transformers needs to know; checked to be read by it as by us."""
+  import transformers
+
+  from datasel.data import tokenizer as tokenizers
+  tokenizers.copy(source, folder)
+  stated = folder / 'tokenizer_config.json'
+  config = workdir.read_json(stated) if stated.exists() else {}
+  sentencepiece = not (folder / 'tokenizer.json').exists()
+  needed = {'tokenizer_class': 'LlamaTokenizer' if sentencepiece else 'PreTrainedTokenizerFast',
+            'model_max_length': max_length, 'clean_up_tokenization_spaces': False}
+  if sentencepiece:
+    needed |= {'legacy': False, 'add_bos_token': False, 'add_eos_token': False}
+  workdir.write_json(stated, needed | config)
+  theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+  for text, ids in zip(_PROBES, tokens.encode_batch(_PROBES)):
+    got = theirs(text, add_special_tokens=False)['input_ids']
+    if got != ids.tolist():
+      raise ValueError(f'transformers would read the tokenizer of {source} otherwise: {text!r} is {got} to it, '
+                       f'{ids.tolist()} here; give its tokenizer.json with --tokenizer')
+
+
+def main(argv: list[str]) -> None:
+  """The command line."""
+  command_line.log_to_stderr('%(message)s')
+  parser = argparse.ArgumentParser('datasel.export', description='Writes a model as a Hugging Face folder.')
+  parser.add_argument('source', help='a stage of a run (WORKDIR/main), or anything that datasel.load reads')
+  parser.add_argument('--out', required=True, help='the folder to write')
+  parser.add_argument('--revision', help='branch, tag or commit, of a source on the hub')
+  parser.add_argument('--tokenizer', help="folder, tokenizer.json or tokenizer.model, instead of the model's own")
+  parser.add_argument('--dtype', default='float32', help='float32 or bfloat16')
+  parser.add_argument('--max_shard_gb', type=float, default=4.0, help='size of a safetensors file, at most')
+  options = vars(parser.parse_args(argv))
+  try:
+    print(export(options.pop('source'), **options))
+  except (ValueError, OSError, ImportError) as e:
+    sys.exit(f'datasel.export: {e}')
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

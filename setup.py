@@ -11,6 +11,7 @@ CORE = [
   'array_record>=0.8',
   'flax>=0.12.8,<0.13',
   'grain>=0.2.18',
+  'huggingface_hub>=0.30',
   'jax>=0.10.2,<0.12',
   'matplotlib>=3.9',
   'ml_collections>=1.1',
@@ -19,6 +20,7 @@ CORE = [
   'orbax-checkpoint>=0.12,<0.13',
   'pyarrow>=17',
   'pyyaml>=6',
+  'safetensors>=0.5',
   'scipy>=1.12',
   'sentencepiece>=0.2.1',
   'tensorboardX>=2.6',
@@ -29,15 +31,21 @@ CORE = [
 EXTRAS = {
   'cuda': ['jax[cuda13]>=0.10.2,<0.12'],
   'tpu': ['jax[tpu]>=0.10.2,<0.12'],
-  'seqio': ['seqio>=0.0.20', 'apache-beam>=2.60', 'google-crc32c>=1.5', 'sentencepiece>=0.2.1,<0.2.3'],
+  'seqio': ['seqio>=0.0.20', 'apache-beam>=2.60', 'google-crc32c>=1.5', 'importlib_resources>=6',
+            'sentencepiece>=0.2.1,<0.2.3', 'tensorflow>=2.18'],
   'eval': ['lm-eval>=0.4.13'],
-  'bench': ['torch>=2.5'],  # the peer of `datasel.bench step` and `attention`
-  'demo': ['unearth>=0.17'],
-  'test': ['datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9', 'unearth>=0.17', 'zstandard>=0.22'],
-  'dev': ['jupyterlab>=4', 'wandb>=0.19'],
+  'track': ['trackio>=0.43', 'wandb>=0.19', 'xprof>=2.20'],
+  'bench': ['torch>=2.5'],  # the peer of `datasel.bench step`, `attention` and `generate`
+  'demo': ['gguf>=0.17', 'unearth>=0.17'],
+  'test': ['accelerate>=1.0', 'datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9',
+           'torch>=2.5,<2.14',  # later wheels bring several GB of CUDA libraries
+           'zstandard>=0.22'],
+  'dev': ['jupyterlab>=4'],
 }
+# Our tests hold everything against the real thing: transformers, lm-eval, seqio, Beam, the trackers.
+EXTRAS['test'] += [one for name in ('demo', 'eval', 'seqio', 'track') for one in EXTRAS[name]]
 EXTRAS['dev'] += EXTRAS['test']
-EXTRAS['all'] = sorted({one for name in ('demo', 'dev', 'eval', 'seqio', 'test') for one in EXTRAS[name]})
+EXTRAS['all'] = EXTRAS['dev']
 
 setuptools.setup(
   name='datasel',

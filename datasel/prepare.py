@@ -10,13 +10,14 @@ make the same store, one does and the others wait for it.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import logging
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from datasel.data import corpus as corpora
 from datasel.data import locks, packing, pools, shards
@@ -25,7 +26,7 @@ from datasel.data import tokenizer as tokenizers
 
 _log = logging.getLogger(__name__)
 # Bytes of text in a byte on disk, and text bytes in a token: on the cautious side for English.
-_EXPANSION = {'.jsonl': 1.0, '.arrow': 1.0, '.parquet': 3.0, '.gz': 4.0, '.zst': 4.0}
+_EXPANSION = {'.tfrecord': 1.0, '.jsonl': 1.0, '.arrow': 1.0, '.parquet': 3.0, '.gz': 4.0, '.zst': 4.0}
 _BYTES_A_TOKEN = 3
 
 
@@ -37,13 +38,15 @@ def prepare(
     length: int = 1024,
     holdout: float = 0.01,
     workers: int = 1,
+    pack_all: Callable[[list[pools.Job], pathlib.Path], Iterable[tuple[str, dict]]] | None = None,
 ) -> stores.Store:
   """Tokenises and packs the corpus into a token store at `store`, and opens it.
 
   length: L, input tokens of a record.  holdout: the fraction of documents, chosen by id, kept for validation in each
   domain that has no files in CORPUS/validation.  workers: processes; the bytes of the store don't depend on it, nor on
   interruptions.  A store already there from the same text and settings is returned; another one is never touched.
-  Work in progress is in STORE.partial.
+  Work in progress is in STORE.partial.  pack_all: does the work elsewhere than in processes of this machine, and gives
+  back what `pools.pack_all` does (`datasel.data.beam` has one).
   Raises ValueError for a corpus, tokenizer or setting that can't work, OSError when the disk is or would be full.
   """
   if workers < 1:
@@ -59,7 +62,7 @@ def prepare(
       if not store.exists():
         _check_holdout(jobs, holdout)
         _check_space(jobs, partial, packing.record_dtype(length, encoder.vocab_size).itemsize / length)
-        _make(jobs, encoder, stated, store, partial, workers)
+        _make(jobs, encoder, stated, store, partial, pack_all or functools.partial(pools.pack_all, workers=workers))
         return stores.Store(store, verify='size')
       shutil.rmtree(partial, ignore_errors=True)  # of a process killed when all was done
   _refuse_difference(store, stated, [source for source, _ in jobs])
@@ -108,6 +111,15 @@ def summary(store: stores.Store) -> str:
                              for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags that say what store is made, wherever the work is done."""
+  parser.add_argument('--corpus', required=True, help='folder holding {train,validation}/DOMAIN.jsonl')
+  parser.add_argument('--store', required=True, help='the token store to write')
+  parser.add_argument('--tokenizer', required=True, help='tokenizer.json, .model, folder, or Hugging Face name')
+  parser.add_argument('--length', type=int, default=1024, help='input tokens in a record')
+  parser.add_argument('--holdout', type=float, default=0.01, help='fraction of documents kept for validation')
+
+
 def main(argv: list[str]) -> None:
   """The command line."""
   logging.basicConfig(level=logging.INFO, stream=sys.stderr, format='%(message)s')
@@ -121,11 +133,7 @@ def main(argv: list[str]) -> None:
     argv = argv[1:]
   else:
     parser = argparse.ArgumentParser('datasel.prepare', epilog='See also: train-tokenizer --help')
-    parser.add_argument('--corpus', required=True, help='folder holding {train,validation}/DOMAIN.jsonl')
-    parser.add_argument('--store', required=True, help='the token store to write')
-    parser.add_argument('--tokenizer', required=True, help='tokenizer.json, .model, folder, or Hugging Face name')
-    parser.add_argument('--length', type=int, default=1024, help='input tokens in a record')
-    parser.add_argument('--holdout', type=float, default=0.01, help='fraction of documents kept for validation')
+    add_flags(parser)
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     run = lambda args: summary(prepare(**args))
   args = vars(parser.parse_args(argv))
@@ -153,10 +161,10 @@ def _jobs(corpus: corpora.Corpus, settings: shards.Settings) -> list[pools.Job]:
 
 
 def _make(jobs: list[pools.Job], encoder: tokenizers.Tokenizer, stated: dict, store: pathlib.Path,
-          partial: pathlib.Path, workers: int) -> None:
+          partial: pathlib.Path, pack_all: Callable[[list[pools.Job], pathlib.Path], Iterable]) -> None:
   """Packs into `partial`, taking up what is finished there; the store appears whole.  Call it with the store locked."""
   encoder.save(partial / 'tokenizer')
-  results = dict(pools.pack_all(jobs, partial, workers))
+  results = dict(pack_all(jobs, partial))
   whole = partial / 'store'
   shutil.rmtree(whole, ignore_errors=True)
   encoder.save(whole)
@@ -222,7 +230,7 @@ def _check_holdout(jobs: list[pools.Job], holdout: float) -> None:
 
 
 def _check_space(jobs: list[pools.Job], partial: pathlib.Path, bytes_a_token: float) -> None:
-  text = sum(source.size * _EXPANSION[source.files[0].suffix] for source, _ in jobs)
+  text = sum(source.size * _EXPANSION[source.files[0].suffix.partition('-')[0]] for source, _ in jobs)
   there = sum(file.stat().st_size for file in partial.rglob('*') if file.is_file())
   need = text / _BYTES_A_TOKEN * bytes_a_token - there
   folder = next(parent for parent in partial.absolute().parents if parent.exists())

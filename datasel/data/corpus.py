@@ -1,5 +1,6 @@
 """Text by domain on disk: CORPUS/{train,validation}/DOMAIN[-NNN].{jsonl,jsonl.gz,jsonl.zst,parquet}, or a folder
-DOMAIN/ written by Hugging Face `save_to_disk`.  A document is a `text`; an `id` and other fields are carried along."""
+DOMAIN/ written by Hugging Face `save_to_disk`; or else a folder of tasks written by `seqio_cache_tasks`, each a domain.
+A document is a `text`; an `id` and other fields are carried along."""
 
 import dataclasses
 import hashlib
@@ -14,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from datasel import workdir
-from datasel.data import domains
+from datasel.data import domains, seqio_cache
 
 SPLITS = ('train', 'validation')
 _COMPRESSION = {'.jsonl': None, '.jsonl.gz': 'gzip', '.jsonl.zst': 'zstd'}
@@ -67,12 +68,21 @@ class Corpus:
     for child in self.path.iterdir():
       if child.is_dir() and child.name in ('val', 'valid', 'dev'):
         raise ValueError(f'{child} would not be read: the splits are {", ".join(SPLITS)}; rename it to validation')
+    if seqio_cache.is_cache(self.path):
+      self.sources = _list_cache(self.path)
+      self.domains = tuple(self.sources['train'])
+      return
     if not (self.path / 'train').is_dir():
       raise ValueError(f'corpus {self.path} has no train folder; put the files at {self.path}/train/DOMAIN.jsonl')
     self.sources = {split: _list_split(self.path, split) for split in SPLITS}
     if not self.sources['train']:
       raise ValueError(f'{self.path}/train holds no domain; put the files at {self.path}/train/DOMAIN.jsonl')
     self.domains = tuple(sorted(self.sources['train']))
+
+
+def suffix(path: pathlib.Path) -> str:
+  """The ending by which a file's kind is known: '.jsonl.gz', for one; '' for no known kind."""
+  return next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), '')
 
 
 def documents(source: Source) -> Iterator[Document]:
@@ -83,15 +93,19 @@ def documents(source: Source) -> Iterator[Document]:
   that can't be read.
   """
   for file in source.files:
-    rows = _json_rows(file) if _suffix(file) in _COMPRESSION else _table_rows(file)
-    number = 0
-    try:
-      for number, row in rows:  # noqa: B007 (the errors below name it)
-        yield _document(row)
-    except _BadRow as e:
-      raise ValueError(f'{file}:{number}: {e}; repair or remove that row') from e
-    except (ValueError, OSError, pyarrow.ArrowException) as e:
-      raise ValueError(f'{file} can\'t be read after row {number}: {e}; copy it again if it was cut short') from e
+    yield from documents_of(file)
+
+
+def documents_of(file: pathlib.Path) -> Iterator[Document]:
+  """The documents of one file, as `documents` reads it."""
+  number = 0
+  try:
+    for number, row in _rows(file):  # noqa: B007 (the errors below name it)
+      yield _document(row)
+  except _BadRow as e:
+    raise ValueError(f'{file}:{number}: {e}; repair or remove that row') from e
+  except (ValueError, OSError, pyarrow.ArrowException) as e:
+    raise ValueError(f'{file} can\'t be read after row {number}: {e}; copy it again if it was cut short') from e
 
 
 class _BadRow(ValueError):
@@ -124,9 +138,16 @@ def _document(row: bytes | dict[str, Any]) -> Document:
   return Document(identity, text, fields)
 
 
+def _rows(file: pathlib.Path) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+  """(number, row) of one file, numbers from 1."""
+  if seqio_cache.is_shard(file):
+    return enumerate(seqio_cache.rows(file), 1)
+  return _json_rows(file) if suffix(file) in _COMPRESSION else _table_rows(file)
+
+
 def _json_rows(file: pathlib.Path) -> Iterator[tuple[int, bytes]]:
   # pyarrow's streams, unlike zstandard's, raise when a compressed file ends early.
-  with pyarrow.input_stream(str(file), compression=_COMPRESSION[_suffix(file)]) as raw:
+  with pyarrow.input_stream(str(file), compression=_COMPRESSION[suffix(file)]) as raw:
     for number, line in enumerate(io.BufferedReader(raw, 1 << 20), 1):
       if line.strip():
         yield number, line
@@ -155,10 +176,6 @@ def _arrow_batches(file: pathlib.Path) -> Iterator[pyarrow.RecordBatch]:
       yield from stream
 
 
-def _suffix(path: pathlib.Path) -> str:
-  return next((suffix for suffix in _SUFFIXES if path.name.endswith(suffix)), '')
-
-
 def _list_split(root: pathlib.Path, split: str) -> dict[str, tuple[Source, ...]]:
   """{domain: its sources in order}; {} when the split has no folder."""
   folder = root / split
@@ -180,12 +197,23 @@ def _list_split(root: pathlib.Path, split: str) -> dict[str, tuple[Source, ...]]
   return listed
 
 
+def _list_cache(root: pathlib.Path) -> dict[str, dict[str, tuple[Source, ...]]]:
+  """{split: {domain: its sources in order}} of a folder of cached tasks: each task a domain, each shard a source."""
+  listed: dict[str, dict[str, tuple[Source, ...]]] = {split: {} for split in SPLITS}
+  for task in sorted(child for child in root.iterdir() if not child.name.startswith('.')):
+    domain = domains.check(task.name, str(task))
+    for split, shards in seqio_cache.shards(task, SPLITS).items():
+      listed[split][domain] = tuple(Source(shard.relative_to(root).as_posix(), split, domain, shard, (shard,))
+                                    for shard in shards)
+  return listed
+
+
 def _domain_of(path: pathlib.Path) -> tuple[str, int, str]:
   """(domain, shard number or -1, name without suffix): 'web-001.jsonl' -> ('web', 1, 'web-001')."""
-  suffix = _suffix(path)
-  if path.is_file() and not suffix:
+  ending = suffix(path)
+  if path.is_file() and not ending:
     raise ValueError(f'{path} is of no known kind, want one of {", ".join(_SUFFIXES)}; convert it or move it elsewhere')
-  stem = path.name.removesuffix(suffix) if path.is_file() else path.name
+  stem = path.name.removesuffix(ending) if path.is_file() else path.name
   domain, number = re.fullmatch(r'(.*?)(?:-(\d+))?', stem, re.DOTALL | re.ASCII).groups()
   return domains.check(domain, str(path)), int(number or -1), stem
 

@@ -25,7 +25,7 @@ def pack_all(jobs: list[Job], folder: pathlib.Path, workers: int) -> Iterator[tu
   workers: processes; 1 does the work in this one.
   Raises what `pack_file` raises, and RuntimeError when a worker was killed; finished results stay in `folder`.
   """
-  progress = _Progress([source for source, _ in jobs])
+  progress = Progress([source for source, _ in jobs])
   pack = functools.partial(_pack, folder)
   if workers == 1:
     for source, settings in jobs:
@@ -56,7 +56,7 @@ def pack_all(jobs: list[Job], folder: pathlib.Path, workers: int) -> Iterator[tu
     pool.shutdown(cancel_futures=True)
 
 
-class _Progress:
+class Progress:
   """Counts what is done and logs a line now and then."""
 
   def __init__(self, sources: list[corpus.Source]):

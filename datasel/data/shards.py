@@ -62,14 +62,13 @@ def pack_file(
   Raises ValueError for bad text (naming file and line), OSError when the disk is full.
   """
   folder = pathlib.Path(folder)
-  key = workdir.digest(source.name)[:16]
-  stated = {'name': source.name, 'sha256': source.digest()}
-  done = _finished(folder / f'{key}.json', stated, settings, folder)
-  if done:
+  if done := finished(source, folder, settings):
     return done
+  digest = source.digest()
   encoder = _tokenizer(str(tokenizer_path), settings.tokenizer_digest)
   names = (source.split, 'validation') if settings.holdout else (source.split,)
-  paths = {split: folder / f'{key}-{split}.array_record' for split in names}
+  report = result_path(folder, source)
+  paths = {split: folder / f'{report.stem}-{split}.array_record' for split in names}
   with contextlib.ExitStack() as stack:
     splits = {split: _Split(encoder, settings, stack.enter_context(writing(path)), progress)
               for split, path in paths.items()}
@@ -84,13 +83,38 @@ def pack_file(
   if accounted != read:
     raise RuntimeError(f'{source.name}: {read} documents read but {accounted} written or dropped; a bug of datasel')
   result = {
-      'source': stated | {'documents': read},
+      'source': {'name': source.name, 'sha256': digest, 'documents': read},
       'settings': dataclasses.asdict(settings),
       'splits': {split: splits[split].counts | {'shard': _describe(path, splits[split].counts['sequences'])}
                  for split, path in paths.items()},
   }
-  workdir.write_json(folder / f'{key}.json', result)
+  workdir.write_json(report, result)
   return result
+
+
+def result_path(folder: pathlib.Path, source: corpus.Source) -> pathlib.Path:
+  """Where `pack_file` leaves the result for a source in `folder`; its shards' names begin with the same stem."""
+  return folder / f'{workdir.digest(source.name)[:16]}.json'
+
+
+def read_result(folder: pathlib.Path, source: corpus.Source, settings: Settings) -> dict | None:
+  """What `pack_file` left for this source with these settings in `folder`, or None; reads neither text nor shards."""
+  path = result_path(folder, source)
+  result = workdir.read_json(path) if path.exists() else None
+  if result and (result['source']['name'], result['settings']) == (source.name, dataclasses.asdict(settings)):
+    return result
+  return None
+
+
+def finished(source: corpus.Source, folder: pathlib.Path, settings: Settings) -> dict | None:
+  """The result in `folder` if it is for this source's bytes and these settings and its shards are whole."""
+  result = read_result(folder, source, settings)
+  if result is None or result['source']['sha256'] != source.digest():
+    return None
+  written = [split['shard'] for split in result['splits'].values() if split['shard']]
+  whole = all((folder / shard['file']).is_file() and workdir.digest_file(folder / shard['file']) == shard['sha256']
+              for shard in written)
+  return result if whole else None
 
 
 @contextlib.contextmanager
@@ -171,20 +195,6 @@ def _describe(path: pathlib.Path, records: int) -> dict | None:
     path.unlink()
     return None
   return {'file': path.name, 'sha256': workdir.digest_file(path), 'records': records, 'bytes': path.stat().st_size}
-
-
-def _finished(path: pathlib.Path, source: dict, settings: Settings, folder: pathlib.Path) -> dict | None:
-  """The result at `path` if it is for this source and these settings and its shards are whole."""
-  if not path.exists():
-    return None
-  result = workdir.read_json(path)
-  same = result['source'] == source | {'documents': result['source']['documents']}
-  if not same or result['settings'] != dataclasses.asdict(settings):
-    return None
-  written = [split['shard'] for split in result['splits'].values() if split['shard']]
-  whole = all((folder / shard['file']).is_file() and workdir.digest_file(folder / shard['file']) == shard['sha256']
-              for shard in written)
-  return result if whole else None
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ import pytest
 
 from datasel.attention.shapes import CASES
 from datasel.bench import __main__ as bench
-from datasel.bench import attention, data, step
+from datasel.bench import attention, data, generate, step
 from datasel.data import mixture, sampler
 
 SMALL = dict(length=64, batch_size=4, batches=3, repeats=2, domains=10, max_bytes_per_domain=20_000)
@@ -112,3 +112,17 @@ def test_step_figures_follow_from_the_times_and_say_when_the_peer_is_missing(mon
   assert 'transformers MistralForCausalLM: not here (' in step.table(result)
   with pytest.raises(ValueError, match="unknown preset 'pds'"):
     step.run(preset='pds')
+
+
+def test_decoding_figures_follow_from_the_times():
+  result = generate.run(preset='smoke', batch_size=2, prompt=8, new_tokens=5, repeats=1)
+  model, text = generate.PRESETS['smoke'], generate.table(result)
+  assert [*result['rows']] == [generate._OURS, generate._PEER] and 'not here' not in text
+  # Five times all parameters (tied) and, per row, the keys and values of 8 to 12 positions; float32.
+  cache = 2 * 2 * model.n_layers * model.n_kv_heads * model.head_dim * (8 + 9 + 10 + 11 + 12)
+  limit = 4 * (5 * model.n_params + cache) / result['bandwidth']
+  for row in result['rows'].values():
+    got = row['tokens_per_second'], row['of_limit']
+    np.testing.assert_allclose(got, [10 / row['seconds'], limit / row['seconds']])
+  with pytest.raises(ValueError, match="unknown preset 'pds'"):
+    generate.run(preset='pds')

@@ -15,9 +15,10 @@ import sys
 import numpy
 
 from datasel import workdir
-from datasel.bench import attention, data, doremi, step
+from datasel.bench import attention, data, doremi, generate, step
 
-BENCHMARKS = {'attention': attention, 'data': data, 'doremi': doremi, 'step': step}
+BENCHMARKS = {'attention': attention, 'data': data, 'doremi': doremi, 'generate': generate,
+              'step': step}
 
 
 def main(argv: list[str]) -> None:

@@ -15,6 +15,7 @@ CORE = [
   'jax>=0.10.2,<0.12',
   'matplotlib>=3.9',
   'ml_collections>=1.1',
+  'ml_dtypes>=0.4',
   'numpy>=2.0',
   'optax>=0.2.8',
   'orbax-checkpoint>=0.12,<0.13',
@@ -34,7 +35,7 @@ EXTRAS = {
   'seqio': ['seqio>=0.0.20', 'apache-beam>=2.60', 'google-crc32c>=1.5', 'importlib_resources>=6',
             'sentencepiece>=0.2.1,<0.2.3', 'tensorflow>=2.18'],
   'eval': ['lm-eval>=0.4.13'],
-  'track': ['trackio>=0.43', 'wandb>=0.19', 'xprof>=2.20'],
+  'track': ['tensorboard>=2.20', 'trackio>=0.43', 'wandb>=0.31', 'xprof>=2.24'],
   'bench': ['torch>=2.5'],  # the peer of `datasel.bench step`, `attention` and `generate`
   'demo': ['gguf>=0.17', 'unearth>=0.17'],
   'test': ['accelerate>=1.0', 'datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9',

@@ -16,7 +16,7 @@ import optax
 
 from datasel import config as config_lib
 from datasel import evaluate as evaluate_lib
-from datasel import hardware, objectives, optim, processes, sharding, train, workdir
+from datasel import hardware, objectives, optim, processes, sharding, trackers, train, workdir
 from datasel import metrics as metrics_lib
 from datasel.checkpoint import Checkpoints
 from datasel.data import mixture as mixture_lib
@@ -188,7 +188,8 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
   directory = run.directory / stage.name
   identity = {
     'stage': stage.name, 'steps': stage.steps, 'batch_size': batch_size, 'model': dataclasses.asdict(model),
-    'n_params': model.n_params, 'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
+    'n_params': model.n_params, 'max_length': stage.length, 'flops': stage.flops,
+    'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
     'weights': dict(zip(run.store.domains, map(float, weights_M))),
     'epochs': dict(zip(run.store.domains, map(float, sampler.epochs(stage.steps * batch_size))))}
   if processes.lead():
@@ -224,7 +225,7 @@ def begin(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Sto
   """Opens a run: the writer of its metrics and its progress; yields a `Run`."""
   peak, source = hardware.peak_flops_per_device()
   logging.info('MFU is measured against %.3g FLOP/s for each of %d devices (%s)', peak, jax.device_count(), source)
-  with metrics_lib.Writer(directory, tensorboard=config.tracking.tensorboard,
-                          wandb_project=config.tracking.wandb_project, config=config_lib.flatten(config)) as writer:
+  shown = trackers.chosen(directory, config_lib.flatten(config), **config.tracking)
+  with metrics_lib.Writer(directory, shown) as writer:
     yield Run(config, directory, store, mesh(config.mesh), writer, metrics_lib.Progress(total_flops),
               peak * jax.device_count())

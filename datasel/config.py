@@ -7,12 +7,13 @@ arg)`, which makes the `:smoke` form.  Every key exists in the file that is run:
 import dataclasses
 import difflib
 import math
+import pathlib
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from datasel import sharding
+from datasel import sharding, trackers, workdir
 from datasel.models.mistral import Mistral
 from datasel.models.presets import PRESETS
 
@@ -67,8 +68,10 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.sharding = ml_collections.ConfigDict(sharding.rules_table())
 
   config.tracking = ml_collections.ConfigDict()
+  config.tracking.csv = False  # WORKDIR/metrics/STAGE-KIND.csv
   config.tracking.tensorboard = True
   config.tracking.wandb_project = ''  # empty: no Weights & Biases
+  config.tracking.trackio_project = ''  # empty: no Trackio
   return config
 
 
@@ -106,10 +109,12 @@ def doremi() -> ml_collections.ConfigDict:
 
 
 def model(preset: str) -> ml_collections.ConfigDict:
-  """The section of a model, every field of it open to overrides, from `models.presets`."""
-  if preset not in PRESETS:
-    raise ValueError(f'unknown model preset {preset!r}; known: {sorted(PRESETS)}')
-  section = ml_collections.ConfigDict(dataclasses.asdict(PRESETS[preset]))
+  """The section of a model, every field of it open to overrides: of `models.presets`, or of a stage's folder."""
+  made = pathlib.Path(preset) / 'stage.json'
+  if preset not in PRESETS and not made.is_file():
+    raise ValueError(f'unknown model preset {preset!r}, and no stage of a run either; known: {sorted(PRESETS)}')
+  shape = PRESETS[preset] if preset in PRESETS else Mistral(**workdir.read_json(made)['model'])
+  section = ml_collections.ConfigDict(dataclasses.asdict(shape))
   for field, kind in (('window', int), ('residual_init_std', float)):
     if section[field] is None:
       section[field] = config_dict.placeholder(kind)
@@ -171,6 +176,11 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
     if not 0 <= flat[path] < 1:
       raise ValueError(f'config.{path} is {flat[path]}; want at least 0 and below 1')
   sharding.rules_from(config.sharding.to_dict())
+  if needs_data:
+    try:
+      trackers.check(config.tracking.wandb_project, config.tracking.trackio_project)
+    except ImportError as e:
+      raise ValueError(str(e)) from e
   if config.data.verify not in ('full', 'size'):
     raise ValueError(f"config.data.verify is {config.data.verify!r}; want 'full' or 'size'")
 

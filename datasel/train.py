@@ -14,7 +14,7 @@ import jax
 import optax
 
 from datasel import metrics as metrics_lib
-from datasel import processes, sharding
+from datasel import processes, sharding, workdir
 from datasel.batch import Batch
 from datasel.checkpoint import Checkpoints
 from datasel.step import Objective, State, init_state, train_step
@@ -117,7 +117,7 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
       if last:
         break
       if profile_steps and step == trace_first and processes.lead():
-        trace.enter_context(jax.profiler.trace(str(profile_directory / stage)))
+        trace.enter_context(_trace(profile_directory, stage))
       with report.data_wait:
         batch = next(batches)
       with jax.profiler.StepTraceAnnotation('train', step_num=step):
@@ -126,12 +126,23 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
         jax.block_until_ready(step_metrics)  # simulated devices share too few cores to run two steps' collectives
       report.add(step + 1, step_metrics, batch)  # reads the step before: dispatch never waits for its own step
       if profile_steps and step + 1 == trace_end:
-        jax.block_until_ready(state)
+        jax.block_until_ready(state)  # with the work of its last step in it
         trace.close()
     checkpoints.wait()
     if stop.requested(0):  # came during the last evaluation or save: the stages after this one must not begin
       raise Interrupted(f'{stage}: done, all of it saved')
   return state
+
+
+@contextlib.contextmanager
+def _trace(directory: pathlib.Path, stage: str) -> Iterator[None]:
+  """A trace as xprof and TensorBoard read it, in DIRECTORY/STAGE, and who holds device memory at its end, for pprof."""
+  with jax.profiler.trace(str(directory / stage)):
+    yield
+  memory = directory / stage / 'memory.prof'
+  with workdir.replacing(memory) as f:
+    f.write(jax.profiler.device_memory_profile())
+  logging.info('traced %s; see it with: xprof --logdir=%s    device memory: pprof -http=: %s', stage, directory, memory)
 
 
 class _Reporter:

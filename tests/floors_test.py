@@ -13,13 +13,15 @@ FLOORS = {
   'datasel': 0,
   'datasel.batch': 0, 'datasel.autodiff': 0, 'datasel.sharding': 0, 'datasel.metrics': 0, 'datasel.workdir': 0,
   'datasel.hardware': 0, 'datasel.processes': 0, 'datasel.hlo': 0, 'datasel.hlo_costs': 0, 'datasel.absent': 0,
-  'datasel.models': 1, 'datasel.attention': 1, 'datasel.data': 1,
+  'datasel.trackers': 0,
+  'datasel.models': 1, 'datasel.attention': 1, 'datasel.data': 1, 'datasel.data.beam': 5,
   'datasel.step': 2, 'datasel.objectives': 2, 'datasel.optim': 2,
   'datasel.train': 3, 'datasel.evaluate': 3, 'datasel.generate': 3, 'datasel.checkpoint': 3, 'datasel.report': 3,
-  'datasel.config': 3, 'datasel.build': 3, 'datasel.checks': 3, 'datasel.forecast': 3,
+  'datasel.decode': 3,
+  'datasel.config': 3, 'datasel.build': 3, 'datasel.pretrained': 3, 'datasel.checks': 3, 'datasel.forecast': 3,
   'datasel.methods': 4,
   'datasel.main': 5, 'datasel.command_line': 5, 'datasel.prepare': 5, 'datasel.export': 5, 'datasel.lm_eval': 5,
-  'datasel.topology': 5, 'datasel.runs': 5, 'datasel.bench': 5,
+  'datasel.topology': 5, 'datasel.load': 5, 'datasel.runs': 5, 'datasel.bench': 5,
 }
 FORBIDDEN_IMPORTS = {'pickle', 'cPickle', 'dill', 'cloudpickle', 'marshal', 'shelve', 'imp'}
 FORBIDDEN_CALLS = {'eval', 'exec', 'compile', '__import__', 'os.system', 'os.popen'}

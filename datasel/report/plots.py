@@ -139,6 +139,27 @@ def dots(key: str, title: str, names: Sequence[str], hollow: Sequence[float], fi
   return _draw(key, 0.27 * len(names) + 0.95, paint)
 
 
+def intervals(key: str, title: str, names: Sequence[str], series: Sequence[tuple[Sequence[float], Sequence[float]]],
+              colors: Sequence[str], *, levels: Sequence[float], xlabel: str) -> str:
+  """A row a name: a dot with a bar of `error` to either side for each (values, errors), and a tick at its level.
+
+  NaN stands for what is not there.
+  """
+
+  def paint(ax: Axes) -> None:
+    at = np.arange(len(names))
+    ax.plot(levels, at, '|', color=GREY, markersize=11, markeredgewidth=1.8)
+    apart = 0.3 / len(series)
+    for n, ((values, errors), color) in enumerate(zip(series, colors)):
+      y = at + apart * (2 * n + 1 - len(series))
+      ax.errorbar(values, y, xerr=np.nan_to_num(errors), fmt='o', color=color, markersize=4.5, elinewidth=1.4, zorder=3)
+    _name_rows(ax, names)
+    ax.margins(x=0.05)
+    ax.set(title=title, xlabel=xlabel)
+
+  return _draw(key, (0.2 + 0.1 * len(series)) * len(names) + 0.95, paint)
+
+
 def signed(x: float, digits: int = 3) -> str:
   """'+0.123' or '−0.123', with a true minus."""
   return f'{x:+.{digits}f}'.replace('-', '−')

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from datasel import workdir
-from datasel.report import comparison, plots, sections
+from datasel.report import comparison, lm_eval, plots, sections
 from datasel.report.html import Html, figure, page, panels, paragraph, table, tiles
 from datasel.report.plots import Line, signed
 from datasel.report.sections import Artefacts, number, some
@@ -26,6 +26,7 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
     ('Domain weights', _weights(run)),
     ('Weights over time', _over_time(run)),
     ('Held-out losses', comparison.losses(run, *_MAINS, _by_weight(run))),
+    *lm_eval.sections(run),
     ('Excess losses', _excess(run)),
     *([('Rounds', _rounds(rounds, _by_weight(run)))] if len(rounds) > 1 else []),
     ('Warnings', sections.warnings(run.summary.get('warnings', []))),

@@ -3,7 +3,7 @@
 import pathlib
 
 from datasel import workdir
-from datasel.report import plots, sections
+from datasel.report import lm_eval, plots, sections
 from datasel.report.html import Html, figure, page, panels, paragraph, table, tiles
 from datasel.report.plots import ACCENT, GREY, Line
 from datasel.report.sections import Artefacts, number, some
@@ -21,6 +21,7 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
   content = [
     ('Held-out losses', _losses(run)),
     ('Training', _training(run)),
+    *lm_eval.sections(run),
     ('Warnings', sections.warnings(run.summary.get('warnings', []))),
     ('Data', sections.data(run, [_STAGE] if run.read(f'{_STAGE}/stage.json') else [])),
     ('Cost', sections.cost(run, run.summary.get('cost_flops', {}))),

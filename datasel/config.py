@@ -114,7 +114,7 @@ def model(preset: str) -> ml_collections.ConfigDict:
   if preset not in PRESETS and not made.is_file():
     raise ValueError(f'unknown model preset {preset!r}, and no stage of a run either; known: {sorted(PRESETS)}')
   shape = PRESETS[preset] if preset in PRESETS else Mistral(**workdir.read_json(made)['model'])
-  section = ml_collections.ConfigDict(dataclasses.asdict(shape))
+  section = ml_collections.ConfigDict(dataclasses.asdict(shape) | {'rope_scaling': dict(shape.rope_scaling)})
   for field, kind in (('window', int), ('residual_init_std', float)):
     if section[field] is None:
       section[field] = config_dict.placeholder(kind)

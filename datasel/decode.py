@@ -184,6 +184,9 @@ def _choose(program: Program, params: dict, hidden_Bx1xD: jax.Array, state: dict
   stuck_B = jnp.zeros_like(running_B)
   if constraint is not None:
     mask_BxV = constraint.mask(state['carry'])
+    if mask_BxV.shape != logits_BxV.shape:
+      raise ValueError(f'the constraint gives a mask of {mask_BxV.shape} for logits of {logits_BxV.shape}; want a '
+                       'column for each token of the model, those beyond its tokenizer refused')
     stuck_B = running_B & ~mask_BxV.any(axis=-1)
     allowed_BxV = jnp.where(mask_BxV, logits_BxV, -jnp.inf)
   if program.greedy:

@@ -6,6 +6,7 @@ The source may be anything that datasel.load reads.  transformers, lm-eval, vLLM
 """
 
 import argparse
+import math
 import os
 import pathlib
 import shutil
@@ -29,7 +30,7 @@ def export(source: str, out: str, *, revision: str | None = None, tokenizer: str
   folder = pathlib.Path(out).absolute()
   if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f"--dtype is {dtype!r}; want 'float32' or 'bfloat16'")
-  if not max_shard_gb > 0:
+  if not 0 < max_shard_gb < math.inf:
     raise ValueError(f'--max_shard_gb is {max_shard_gb}; want a positive number')
   if folder.exists():
     raise ValueError(f'{folder} exists; give another --out, or delete it')
@@ -40,13 +41,16 @@ def export(source: str, out: str, *, revision: str | None = None, tokenizer: str
   partial = folder.with_name(f'.{folder.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)  # left by a kill
   partial.mkdir(parents=True)
-  hf.save(partial, found.model, found.params(), dtype=dtype, max_shard_bytes=round(max_shard_gb * 1e9))
-  Safetensors(partial).verify()
-  workdir.write_json(partial / 'config.json', config)
-  workdir.write_json(partial / 'generation_config.json', {
-    '_from_model_config': True, 'bos_token_id': tokens.bos_id, 'eos_token_id': tokens.eos_id, 'use_cache': True})
-  _write_tokenizer(found.tokenizer_folder, partial, tokens, found.max_length)
-  os.replace(partial, folder)
+  try:
+    _write_tokenizer(found.tokenizer_folder, partial, tokens, found.max_length)  # first, for it may be refused
+    hf.save(partial, found.model, found.params(), dtype=dtype, max_shard_bytes=round(max_shard_gb * 1e9))
+    Safetensors(partial).verify()
+    workdir.write_json(partial / 'config.json', config)
+    workdir.write_json(partial / 'generation_config.json', {
+      '_from_model_config': True, 'bos_token_id': tokens.bos_id, 'eos_token_id': tokens.eos_id, 'use_cache': True})
+    os.replace(partial, folder)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
   return f'{folder}: {config["architectures"][0]}, {found.model.n_params:,} parameters, {dtype}'
 
 
@@ -55,21 +59,51 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, tokens, max_len
   import transformers
 
   from datasel.data import tokenizer as tokenizers
+  tokens.save(folder)
+  stated, probes = folder / 'tokenizer_config.json', list(_PROBES)
+  special = workdir.read_json(stated)
   tokenizers.copy(source, folder)
-  stated = folder / 'tokenizer_config.json'
-  config = workdir.read_json(stated) if stated.exists() else {}
-  sentencepiece = not (folder / 'tokenizer.json').exists()
-  needed = {'tokenizer_class': 'LlamaTokenizer' if sentencepiece else 'PreTrainedTokenizerFast',
-            'model_max_length': max_length, 'clean_up_tokenization_spaces': False}
-  if sentencepiece:
-    needed |= {'legacy': False, 'add_bos_token': False, 'add_eos_token': False}
-  workdir.write_json(stated, needed | config)
+  config = special | workdir.read_json(stated)
+  if not (folder / 'tokenizer.json').exists():
+    probes += _write_json_form(folder, config['bos_token'] if config.get('add_bos_token') else None)
+  # Under the class of a Llama, transformers 5 splits runs of spaces in its own way, whatever tokenizer.json says.
+  workdir.write_json(stated, {'model_max_length': max_length, 'clean_up_tokenization_spaces': False} | config
+                     | {'tokenizer_class': 'PreTrainedTokenizerFast'})
   theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  for text, ids in zip(_PROBES, tokens.encode_batch(_PROBES)):
-    got = theirs(text, add_special_tokens=False)['input_ids']
+  for text, ids, got in zip(probes, tokens.encode_batch(probes), theirs(probes, add_special_tokens=False)['input_ids']):
     if got != ids.tolist():
       raise ValueError(f'transformers would read the tokenizer of {source} otherwise: {text!r} is {got} to it, '
                        f'{ids.tolist()} here; give its tokenizer.json with --tokenizer')
+
+
+def _write_json_form(folder: pathlib.Path, begin: str | None) -> list[str]:
+  """tokenizer.json for the sentencepiece BPE that is in `folder`, beginning each text with the token `begin`.
+
+  Returns texts that show whether the two agree: they don't where the model is no BPE, or normalises text.
+  """
+  import sentencepiece
+  import tokenizers
+  from tokenizers import decoders, models, normalizers, processors
+  model = sentencepiece.SentencePieceProcessor(model_file=str(folder / 'tokenizer.model'))
+  pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+  ids = {piece: i for i, piece in enumerate(pieces)}
+  control = [piece for i, piece in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)]
+  plain = {piece for i, piece in enumerate(pieces) if not (model.is_byte(i) or model.is_unused(i))} - {*control}
+  # Of equal scores sentencepiece merges the leftmost pair, so the one whose left part has grown longest.
+  ranked = sorted((-model.get_score(ids[piece]), -n, piece[:n], piece[n:]) for piece in plain
+                  for n in range(1, len(piece)) if piece[:n] in plain and piece[n:] in plain)
+  backend = tokenizers.Tokenizer(models.BPE(
+    vocab=ids, merges=[(left, right) for *_, left, right in ranked], unk_token=pieces[model.unk_id()], fuse_unk=True,
+    byte_fallback=any(map(model.is_byte, range(len(pieces))))))
+  backend.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
+  backend.decoder = decoders.Sequence([
+    decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)])
+  backend.add_special_tokens(control)
+  if begin is not None:
+    backend.post_processor = processors.TemplateProcessing(single=[begin, '$A'], special_tokens=[(begin, ids[begin])])
+  with workdir.replacing(folder / 'tokenizer.json') as f:
+    f.write(backend.to_str().encode())
+  return ['ﬁ Ａ', *(piece.replace('▁', ' ') for piece in sorted(plain))]
 
 
 def main(argv: list[str]) -> None:

@@ -94,8 +94,9 @@ class Generator:
 
     Batches are made of prompts of like lengths, so results come out of order.  Otherwise as a call.
     """
-    if max_new_tokens < 1:
-      raise ValueError(f'max_new_tokens {max_new_tokens}, want at least 1')
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+      raise ValueError(f'max_new_tokens {max_new_tokens}, want a whole number of at least 1')
+    max_new_tokens = int(max_new_tokens)  # numpy's lack what `_bucket` asks of a length
     if not (0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1):
       raise ValueError(f'temperature {temperature}, top_k {top_k}, top_p {top_p}: want a temperature of 0 or more, '
                        'top_k 0 (all) or more, top_p in (0, 1]')

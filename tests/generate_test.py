@@ -355,7 +355,7 @@ def test_a_stream_is_read_some_batches_ahead():
 def test_a_text_may_fill_the_greatest_length():
   """Which is no power of two: nothing is read or written beyond it."""
   prompt, = prompts((30,))
-  got, = generator(max_length=45)([prompt], max_new_tokens=15)
+  got, = generator(max_length=45)([prompt], max_new_tokens=np.int64(15))
   assert got.tokens.tolist() == generator()([prompt], max_new_tokens=15)[0].tokens.tolist()
 
 
@@ -367,6 +367,7 @@ def test_a_text_may_fill_the_greatest_length():
   ([[-1]], {}, 'prompt 0 has token ids from -1'),
   ([[1], [1] * 41], {}, 'prompt 1 has 41 tokens and 8 may follow: more than max_length 48'),
   ([[1]], {'max_new_tokens': 0}, 'max_new_tokens 0'),
+  ([[1]], {'max_new_tokens': 2.5}, 'max_new_tokens 2.5, want a whole number'),
   ([[1]], {'temperature': -1.0}, 'temperature -1'),
   ([[1]], {'temperature': float('nan')}, 'temperature nan'),
   ([[1]], {'top_p': 0.0}, 'top_p 0'),
@@ -424,6 +425,12 @@ def test_strings_cannot_stop_without_a_detokenizer():
 def test_an_automaton_that_is_none_is_refused(table, start, message):
   with pytest.raises(ValueError, match=message):
     Automaton(table, start)
+
+
+def test_a_constraint_of_another_vocabulary_is_refused():
+  narrow = Generator(TINY, params(), batch_size=2, constraint=Automaton(np.zeros((1, V - 4), int)))
+  with pytest.raises(ValueError, match=rf'a mask of \(2, {V - 4}\) for logits of \(2, {V}\)'):
+    narrow(prompts((3,)), max_new_tokens=2)
 
 
 def test_every_prompt_needs_a_first_state():

@@ -12,8 +12,8 @@ import types
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-HEAVY = ('tensorflow', 'torch', 'seqio', 'datasets', 'lm_eval', 'apache_beam', 'wandb', 'trackio', 'tensorboard', 'xprof',
-         'gguf')
+HEAVY = ('tensorflow', 'torch', 'seqio', 'datasets', 'lm_eval', 'apache_beam', 'wandb', 'trackio', 'tensorboard',
+         'xprof', 'gguf')
 
 
 def python(code):

@@ -1,8 +1,10 @@
 """Models from anywhere: a run's exported and loaded again, to the bit; a real one whose figures are known."""
 
 import collections
+import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -10,12 +12,14 @@ import compilation
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+import sentencepiece
 import small_run
 import torch
 import transformers
 
 from datasel import export, load, main, metrics, pretrained, workdir
-from datasel.data import demo, demo_archives
+from datasel.data import demo, demo_archives, tokenizer
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
@@ -61,6 +65,59 @@ def test_transformers_reads_an_exported_run_as_we_do(made):
   assert model.generation_config.eos_token_id == theirs.eos_token_id
 
 
+def test_a_sentencepiece_tokenizer_is_exported_as_it_is(made, tmp_path):
+  text = (made / 'corpus/train/pydocs.jsonl').read_text()
+  out = io.BytesIO()
+  # As Llama's and Mistral's: nothing normalised, runs of spaces among the pieces.
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(json.loads(line)['text'][:4000] for line in text.splitlines()[:200]), model_writer=out,
+    vocab_size=390, model_type='bpe', hard_vocab_limit=False, byte_fallback=True, normalization_rule_name='identity',
+    remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2)
+  shutil.copytree(made / 'exported', tmp_path / 'model', ignore=shutil.ignore_patterns('*token*'))
+  (tmp_path / 'model/tokenizer.model').write_bytes(out.getvalue())
+  stated = {'tokenizer_class': 'LlamaTokenizer', 'add_bos_token': True, 'bos_token': '<s>', 'eos_token': '</s>'}
+  workdir.write_json(tmp_path / 'model/tokenizer_config.json', stated)
+  export.export(str(tmp_path / 'model'), str(tmp_path / 'out'))
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
+  truth = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+  for probe in (text[:20_000], '    return  x\n\n\t y ', ' two', ' ', 'naïve 日本語 🎉'):
+    ids = theirs(probe)['input_ids']
+    assert ids == [truth.bos_id(), *truth.encode(probe)]
+    assert theirs.decode(ids[1:]) == probe
+  assert theirs.eos_token_id == truth.eos_id()
+  export.export(str(tmp_path / 'out'), str(tmp_path / 'again'))  # now from its tokenizer.json
+  again = transformers.AutoTokenizer.from_pretrained(tmp_path / 'again')
+  assert again(text[:20_000])['input_ids'] == theirs(text[:20_000])['input_ids']
+
+
+def test_a_bare_tokenizer_file_is_exported_with_its_end_of_text(made, tmp_path):
+  (tmp_path / 'bare').mkdir()
+  shutil.copy(made / 'exported/tokenizer.json', tmp_path / 'bare')
+  export.export(str(made / 'exported'), str(tmp_path / 'out'), tokenizer=str(tmp_path / 'bare'))
+  assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'out').eos_token == tokenizer.END
+
+
+def test_a_load_that_was_killed_is_done_again(made, tmp_path):
+  shutil.copytree(made / 'loaded', tmp_path / 'loaded')
+  stage = tmp_path / 'loaded/stage.json'
+  workdir.write_json(stage, workdir.read_json(stage) | {'finished': False})
+  shutil.rmtree(tmp_path / 'loaded/checkpoints/digests')  # after the parameters were written, before they were proven
+  load.load(str(made / 'exported'), str(tmp_path / 'loaded'))
+  jax.tree.map(np.testing.assert_array_equal, pretrained.find(tmp_path / 'loaded').params(),
+               pretrained.find(made / 'exported').params())
+  assert workdir.read_json(stage)['finished']
+
+
+def test_a_refused_export_leaves_nothing(made, tmp_path):
+  shutil.copytree(made / 'exported', tmp_path / 'model')
+  tensors = safetensors.numpy.load_file(tmp_path / 'model/model.safetensors')
+  next(iter(tensors.values())).flat[0] = np.nan
+  safetensors.numpy.save_file(tensors, tmp_path / 'model/model.safetensors')
+  with pytest.raises(ValueError, match='not finite'):
+    export.export(str(tmp_path / 'model'), str(tmp_path / 'out'))
+  assert [path.name for path in tmp_path.iterdir()] == ['model']
+
+
 def test_training_goes_on_from_a_loaded_model(made):
   arguments = [f'--config=configs/pretrain/continued.py:{made / "loaded"}', f'--workdir={made / "continued"}',
                f'--config.data.store={made / "store"}', f'--config.data.length={small_run.LENGTH}',
@@ -82,6 +139,7 @@ def test_a_start_that_would_compute_something_else_is_refused(made, capsys):
   ('run', 'is a whole run; name one of its models: .*run/main'),
   ('store', 'has no config.json'),
   ('no such/na me', 'neither a folder here nor a name'),
+  ('demo:nothing', 'there is demo:smollm2'),
 ])
 def test_what_is_no_model_is_refused(made, source, message):
   with pytest.raises(ValueError, match=message):
@@ -121,6 +179,8 @@ def test_another_tokenizer_than_the_models_is_refused(made):
     text['model']['vocab'].popitem()
     workdir.write_json(other / 'tokenizer.json', text)
     pretrained.find(made / 'run/main', tokenizer=other)
+  with pytest.raises(ValueError, match='with another tokenizer; give another --out'):
+    load.load(str(made / 'exported'), str(made / 'loaded'), tokenizer=str(made / 'other_tokenizer'))
 
 
 @pytest.fixture(scope='module')

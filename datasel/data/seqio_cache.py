@@ -61,6 +61,12 @@ def shards(task: pathlib.Path, splits: Iterable[str]) -> dict[str, list[pathlib.
   return found
 
 
+def n_examples(shard: pathlib.Path) -> int | None:
+  """The examples in all shards of the same task and split by seqio's own count, or None if the cache has none."""
+  stats = shard.parent / f'stats.{_SHARD.fullmatch(shard.name)[1]}.json'
+  return workdir.read_json(stats).get('examples') if stats.exists() else None
+
+
 def rows(file: pathlib.Path) -> Iterator[dict[str, Any]]:
   """The examples of one shard in order, as rows {text, id if there is one, other features of text}.
 

@@ -9,6 +9,7 @@ where it was killed.  What a stage of a run scores is kept in WORKDIR/lm_eval an
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import pathlib
@@ -69,6 +70,7 @@ def _keeping(evaluate: Callable) -> Callable:
                        'the flag out, or name single tasks')
     run = results.run_of(str(model_args.get('pretrained', ''))) if model == 'datasel' else None
     if model == 'datasel':
+      _check_arguments(model_args)
       path = _answers_path(evaluation_tracker.output_path, run)
       model_args = ({'answers': str(path)} if path else {}) | model_args
     loaded = task_manager.load(tasks)  # fails before the model is read, where data cannot be had
@@ -85,6 +87,18 @@ def _keeping(evaluate: Callable) -> Callable:
     return found
 
   return wrapped
+
+
+def _check_arguments(given: dict) -> None:
+  """Raises ValueError for --model_args that our model does not take, before any data is read."""
+  from datasel.lm_eval.model import DataselLM
+  known = [name for name in inspect.signature(DataselLM).parameters if name not in ('batch_size', 'device')]
+  if unknown := sorted(given.keys() - {*known, 'batch_size', 'device'}):
+    raise ValueError(f'--model_args: {", ".join(unknown)} is no argument of the model datasel; known: '
+                     f'{", ".join(known)}')
+  if 'pretrained' not in given:
+    raise ValueError('--model_args has no pretrained=MODEL; want a stage of a run (WORKDIR/main), a Hugging Face '
+                     'folder or name, a .gguf file, or demo:smollm2')
 
 
 def _objects(loaded: dict, names: list) -> list:

@@ -63,9 +63,11 @@ class DataselLM(TemplateLM):
     self._params = found.params(mesh=self._mesh, dtype=dtype or 'float32')
     self.tokenizer = _tokenizer(found.tokenizer_folder, pretrained, add_bos_token)
     self._add_bos_token, self._custom_prefix = add_bos_token, prefix_token_id
-    self.max_length = found.max_length if max_length is None else int(max_length)
-    if self.max_length < 2:
+    self.max_length = found.max_length if max_length is None else max_length
+    if not isinstance(self.max_length, int) or self.max_length < 2:
       raise ValueError(f'max_length is {max_length}; want at least 2 tokens')
+    if prefix_token_id is not None and prefix_token_id not in range(self.model.vocab_size):
+      raise ValueError(f'prefix_token_id is {prefix_token_id}; want a token below {self.model.vocab_size}')
     self._name, self._revision = str(pretrained), revision
     self._rows = _batch_size(batch_size)
     self._scorer = Scorer(self.model, self._params, self._mesh, batch_size=self._rows,
@@ -82,7 +84,7 @@ class DataselLM(TemplateLM):
   def prefix_token_id(self) -> int:
     """What stands before a text without context."""
     if self._custom_prefix is not None:
-      return int(self._custom_prefix)
+      return self._custom_prefix
     if self.tokenizer.bos_token_id is not None:
       return self.tokenizer.bos_token_id
     if self.tokenizer.eos_token_id is None:
@@ -138,7 +140,8 @@ class DataselLM(TemplateLM):
     for text, context, continuation in requests:
       if not context or not 0 < len(continuation) <= self.max_length:
         raise ValueError(f'a continuation of {len(continuation)} tokens after {len(context)} ({str(text)[-200:]!r}): '
-                         f'want 1 to max_length={self.max_length} tokens after at least one')
+                         f'want 1 to max_length={self.max_length} tokens after at least one; more fit with a larger '
+                         'max_length in --model_args')
       cut += len(context) + len(continuation) > self.max_length + 1
       tokens = (*context, *continuation)[-(self.max_length + 1):]
       keys.append(self._answers.key('loglikelihood', [tokens, len(continuation)]))

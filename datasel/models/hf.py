@@ -25,7 +25,7 @@ _ACTIVATIONS = {'silu': 'silu', 'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh'
 _SYNONYMS = {'swish': 'silu', 'gelu_new': 'gelu_pytorch_tanh', 'gelu_fast': 'gelu_pytorch_tanh'}
 # Buffers that older checkpoints hold beside their parameters.
 _BUFFERS = re.compile(r'.*\.(rotary_emb\.inv_freq|attention\.(bias|masked_bias))')
-_PATTERNS = ['*.json', '*.safetensors', 'tokenizer.model']
+_PATTERNS = ['*.json', 'model*.safetensors', 'tokenizer.model', 'chat_template.jinja']  # not consolidated.safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def fetch(name: str, revision: str | None = None) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
   except Exception as e:  # of several libraries: the hub's, the network's
     at = f' at revision {revision!r}' if revision else ''
-    raise ValueError(f'the Hugging Face hub did not give {name!r}{at}: {e}') from e
+    raise ValueError(f'the Hugging Face hub did not give {name!r}{at}, and nothing here has that name: {e}') from e
 
 
 def read_config(folder: str | os.PathLike) -> dict:
@@ -66,8 +66,9 @@ def read_config(folder: str | os.PathLike) -> dict:
   if not (folder / 'config.json').is_file():
     raise ValueError(f'{folder} has no config.json: it is no Hugging Face model')
   stated = workdir.read_json(folder / 'config.json')
-  if stated.get('model_type') not in FAMILIES:
-    raise ValueError(f'{folder} holds a model of type {stated.get("model_type")!r}; this code reads {FAMILIES}')
+  kind = stated.get('model_type') if isinstance(stated, dict) else None
+  if kind not in FAMILIES:
+    raise ValueError(f'{folder} holds a model of type {kind!r}; this code reads {FAMILIES}')
   try:
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
   except Exception as e:  # transformers' validation has no exception of its own
@@ -100,13 +101,15 @@ def from_config(config: dict) -> Mistral:
     rope = {'rope_type': 'dynamic', 'factor': rope.get('factor'),
             'original_max_position_embeddings': config['max_position_embeddings']}
   heads, width = config['num_attention_heads'], config['hidden_size']
+  if neox and int(width // heads * fraction) % 2:
+    raise ValueError(f'config.json: rotary channels come in pairs, but {fraction} of {width // heads} is odd')
   return Mistral(
     vocab_size=config['vocab_size'], n_layers=config['num_hidden_layers'], d_model=width, n_heads=heads,
     n_kv_heads=config.get('num_key_value_heads') or heads, head_dim=config.get('head_dim') or width // heads,
     d_ff=config['intermediate_size'], gated=kind in ('mistral', 'llama'), activation=_ACTIVATIONS[activation],
     norm='layer' if neox else 'rms', bias=neox, parallel=neox and config['use_parallel_residual'],
     tied=bool(config['tie_word_embeddings']), rope_fraction=fraction, rope_theta=theta,
-    rope_scaling=tuple(rope.items()), window=config.get('sliding_window'),
+    rope_scaling=tuple(rope.items()), window=config['sliding_window'] if kind == 'mistral' else None,
     norm_eps=config['layer_norm_eps' if neox else 'rms_norm_eps'])
 
 

@@ -39,11 +39,13 @@ class Safetensors:
     folder = pathlib.Path(folder)
     index = folder / INDEX
     self._files: dict[str, pathlib.Path] = {}
-    self._entries: dict[str, tuple[Any, tuple[int, ...], int]] = {}  # dtype, shape, where the bytes begin
+    self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}  # dtype, shape, where the bytes begin
     self._digests: dict[str, str] = {}
     if index.is_file():
-      listed = _parse(index.read_bytes(), index)['weight_map']
-      strange = [name for name in set(listed.values()) if not re.fullmatch(r'[\w.-]+\.safetensors', name)]
+      listed = _parse(index.read_bytes(), index).get('weight_map')
+      if not isinstance(listed, dict):
+        raise ValueError(f'{index} is damaged (it has no weight_map); {_AGAIN}')
+      strange = [name for name in map(str, listed.values()) if not re.fullmatch(r'[\w.-]+\.safetensors', name)]
       if strange:
         raise ValueError(f'{index} names the file {strange[0]!r}, which is not a safetensors file beside it')
       files = sorted(set(listed.values()))
@@ -70,23 +72,33 @@ class Safetensors:
       if not 2 <= length <= min(size - 8, 100_000_000):
         raise ValueError(f'{path} is not a safetensors file (its header would have {length} bytes); {_AGAIN}')
       header = _parse(f.read(length), path)
-    for key, value in header.pop('__metadata__', {}).items():
+    for key, value in (header.pop('__metadata__', None) or {}).items():
       if key.startswith(_DIGEST):
         self._digests[key.removeprefix(_DIGEST)] = value
     for name, entry in header.items():
-      if entry['dtype'] not in _DTYPES:
-        raise ValueError(f'{path}: tensor {name} is {entry["dtype"]}; want one of {sorted(_DTYPES)}')
-      dtype, shape, (begin, end) = np.dtype(_DTYPES[entry['dtype']]), tuple(entry['shape']), entry['data_offsets']
-      if end - begin != math.prod(shape) * dtype.itemsize or begin < 0 or 8 + length + end > size:
-        raise ValueError(f'{path}: tensor {name}, {entry["dtype"]} {list(shape)}, should fill bytes {begin} to {end}, '
+      if name in self._files:
+        raise ValueError(f'tensor {name} is both in {self._files[name]} and in {path}; {_AGAIN}')
+      try:
+        kind, shape, (begin, end) = str(entry['dtype']), tuple(entry['shape']), entry['data_offsets']
+        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+      except (KeyError, TypeError, ValueError):
+        sound = False
+      if not sound:
+        raise ValueError(f'{path} is damaged (its header says of tensor {name}: {str(entry)[:100]}); {_AGAIN}')
+      wanted = math.prod(shape) * np.dtype(_DTYPES[kind]).itemsize if kind in _DTYPES else end - begin
+      if end - begin != wanted or 8 + length + end > size:
+        raise ValueError(f'{path}: tensor {name}, {kind} {list(shape)}, should fill bytes {begin} to {end}, '
                          f'but the file has {size - 8 - length}; {_AGAIN}')
-      self._files[name], self._entries[name] = path, (dtype, shape, 8 + length + begin)
+      self._files[name], self._entries[name] = path, (kind, shape, 8 + length + begin)
 
   def shapes(self) -> Mapping[str, tuple[int, ...]]:
     return {name: shape for name, (_, shape, _) in self._entries.items()}
 
   def array(self, name: str) -> np.ndarray:
-    dtype, shape, begin = self._entries[name]
+    kind, shape, begin = self._entries[name]
+    if kind not in _DTYPES:  # not said before: buffers that nobody reads are of other kinds
+      raise ValueError(f'{self._files[name]}: tensor {name} is {kind}; want one of {sorted(_DTYPES)}')
+    dtype = np.dtype(_DTYPES[kind])
     return np.memmap(self._files[name], dtype, 'r', begin, shape) if math.prod(shape) else np.zeros(shape, dtype)
 
   def verify(self) -> None:
@@ -117,7 +129,10 @@ def write(folder: pathlib.Path, tensors: Mapping[str, Any], max_shard_bytes: int
     file = SINGLE if len(shards) == 1 else f'model-{n:05}-of-{len(shards):05}.safetensors'
     arrays = {name: np.ascontiguousarray(tensors[name][1]()) for name in names}
     digests = {_DIGEST + name: digest(array) for name, array in arrays.items()}
-    safetensors.numpy.save_file(arrays, folder / file, metadata={'format': 'pt'} | digests)
+    try:
+      safetensors.numpy.save_file(arrays, folder / file, metadata={'format': 'pt'} | digests)
+    except safetensors.SafetensorError as e:  # a full disk, in words of its own
+      raise OSError(f'{folder / file} could not be written: {e}') from e
     (folder / file).chmod(0o644)  # the library lets nobody else read it
     place |= dict.fromkeys(names, file)
   if len(shards) > 1:
@@ -128,6 +143,9 @@ def write(folder: pathlib.Path, tensors: Mapping[str, Any], max_shard_bytes: int
 
 def _parse(content: bytes, path: pathlib.Path) -> dict:
   try:
-    return json.loads(content)
-  except ValueError as e:
+    parsed = json.loads(content)
+  except (ValueError, RecursionError) as e:
     raise ValueError(f'{path} is damaged (its header is not JSON: {e}); {_AGAIN}') from e
+  if not isinstance(parsed, dict):
+    raise ValueError(f'{path} is damaged (its header is no JSON object); {_AGAIN}')
+  return parsed

@@ -3,6 +3,7 @@
 import json
 import os
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import transformers
 
 from datasel import sharding
 from datasel.models import hf
-from datasel.models.tensor_files import Safetensors
+from datasel.models.tensor_files import Safetensors, write
 
 SMALL = {'vocab_size': 97, 'hidden_size': 48, 'intermediate_size': 80, 'num_hidden_layers': 2, 'num_attention_heads': 6,
          'num_key_value_heads': 2, 'max_position_embeddings': 64, 'initializer_range': 0.2}
@@ -165,6 +166,66 @@ def test_a_head_of_its_own_contradicts_tied_embeddings(checkpoint):
     loaded(folder)
 
 
+def test_a_tensor_in_two_files_is_refused(checkpoint):
+  folder, tensors, _ = checkpoint
+  for n in (1, 2):
+    safetensors.numpy.save_file(tensors if n == 1 else {Q0: tensors[Q0] + 1}, folder / f'model-{n}.safetensors')
+  index = {'weight_map': dict.fromkeys(tensors, 'model-1.safetensors') | {Q0: 'model-2.safetensors'}}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(ValueError, match=f'tensor {Q0} is both in .*model-1.safetensors and in .*model-2.safetensors'):
+    loaded(folder)
+
+
+@pytest.mark.parametrize('header', [
+  b'[]', b'[' * 100_000, b'{"a": 3}', b'{"a": {"dtype": "F32"}}', b'{"a": {"dtype": "F32", "shape": "b"}}',
+  b'{"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}',
+  b'{"a": {"dtype": ["F32"], "shape": [1.0], "data_offsets": [0, 4]}}',
+  b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}'])
+def test_a_header_of_nonsense_is_damage(checkpoint, header):
+  folder, *_ = checkpoint
+  (folder / 'model.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + bytes(4))
+  with pytest.raises(ValueError, match=r'model.safetensors is damaged \(its header'):
+    loaded(folder)
+
+
+@pytest.mark.parametrize('index', ['[]', '{}', '{"weight_map": null}', '{"weight_map": {"a": 3}}'])
+def test_an_index_of_nonsense_is_refused(checkpoint, index):
+  folder, *_ = checkpoint
+  (folder / 'model.safetensors.index.json').write_text(index)
+  with pytest.raises(ValueError, match=r'model.safetensors.index.json (is damaged|names the file)'):
+    loaded(folder)
+
+
+@pytest.mark.parametrize('dtype', [np.bool_, np.uint8])
+def test_buffers_of_older_checkpoints_are_passed_over(dtype, tmp_path):
+  """Pythia's files hold each layer's causal mask."""
+  theirs = published(tmp_path / 'in', CONFIGS['parallel']())
+  file = tmp_path / 'in/model.safetensors'
+  masks = {f'gpt_neox.layers.{n}.attention.bias': np.tri(64, dtype=dtype)[None, None] for n in range(2)}
+  safetensors.numpy.save_file(safetensors.numpy.load_file(file) | masks, file, metadata={'format': 'pt'})
+  model, params = loaded(tmp_path / 'in')
+  np.testing.assert_allclose(model.apply(params, TOKENS), logits(theirs), rtol=1e-5, atol=1e-4)
+
+
+def test_a_window_in_a_llamas_config_means_nothing(tmp_path):
+  config = CONFIGS['grouped queries']().to_dict()
+  assert hf.from_config(config | {'sliding_window': 7}) == hf.from_config(config)
+
+
+def test_half_a_rotary_pair_is_refused():
+  config = transformers.GPTNeoXConfig(**NEOX | {'num_attention_heads': 4}, rotary_pct=0.25)
+  with pytest.raises(ValueError, match='rotary channels come in pairs, but 0.25 of 12 is odd'):
+    hf.from_config(config.to_dict())
+
+
+def test_of_a_repository_what_is_read_is_downloaded():
+  wanted = ['config.json', 'chat_template.jinja', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json',
+            'tokenizer.json', 'tokenizer.model', 'tokenizer_config.json']
+  others = ['consolidated.safetensors', 'pytorch_model.bin', 'modeling_x.py', 'README.md']
+  kept = huggingface_hub.utils.filter_repo_objects([*wanted, *others], allow_patterns=hf._PATTERNS)
+  assert list(kept) == wanted
+
+
 @pytest.mark.parametrize(('change', 'message'), [
   ({'model_type': 'gpt2'}, "type 'gpt2'"), ({'attention_bias': True}, 'attention_bias'),
   ({'hidden_act': 'relu'}, 'hidden_act'), ({'quantization_config': {'bits': 4}}, 'quantization_config'),
@@ -193,6 +254,11 @@ def test_a_file_outside_the_folder_is_not_followed(checkpoint):
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
   with pytest.raises(ValueError, match=r"'../elsewhere.safetensors', which is not a safetensors file beside it"):
     loaded(folder)
+
+
+def test_a_file_that_cannot_be_written_is_an_os_error(tmp_path):
+  with pytest.raises(OSError, match='model.safetensors could not be written'):
+    write(tmp_path / 'nowhere', {'a': (4, lambda: np.zeros(1, np.float32))}, 100)
 
 
 def test_a_model_that_no_architecture_has_is_refused():

@@ -46,8 +46,10 @@ def export(source: str, out: str, *, revision: str | None = None, tokenizer: str
     hf.save(partial, found.model, found.params(), dtype=dtype, max_shard_bytes=round(max_shard_gb * 1e9))
     Safetensors(partial).verify()
     workdir.write_json(partial / 'config.json', config)
-    workdir.write_json(partial / 'generation_config.json', {
-      '_from_model_config': True, 'bos_token_id': tokens.bos_id, 'eos_token_id': tokens.eos_id, 'use_cache': True})
+    generation = partial / 'generation_config.json'
+    if not generation.exists():  # else it came with the source's tokenizer: several ends, sampling
+      workdir.write_json(generation, {'_from_model_config': True, 'bos_token_id': tokens.bos_id,
+                                      'eos_token_id': tokens.eos_id, 'use_cache': True})
     os.replace(partial, folder)
   finally:
     shutil.rmtree(partial, ignore_errors=True)

@@ -26,7 +26,8 @@ def load(source: str, out: str, *, revision: str | None = None, tokenizer: str |
 
   from datasel import pretrained, sharding
   folder = pathlib.Path(out).absolute()
-  found = pretrained.find(source, revision=revision, tokenizer=tokenizer)
+  found = pretrained.find(pathlib.Path(source).absolute() if pathlib.Path(source).exists() else source,
+                          revision=revision, tokenizer=tokenizer)
   made = folder / 'stage.json'
   stated = workdir.read_json(made) if made.is_file() else {}
   if stated and stated.get('source') != found.name or (not stated and folder.exists() and any(folder.iterdir())):

@@ -7,12 +7,15 @@ Every line has `stage`, `step` (updates applied) and `kind` ('train' or 'eval').
 import json
 import math
 import pathlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasel import processes, trackers, workdir
 from datasel.trackers import Tracker, Value
+
+_STAGE = re.compile(r'\w[\w.-]*(/\w[\w.-]*)*')
 
 
 class Writer:
@@ -126,7 +129,9 @@ def _lines(path: pathlib.Path) -> list[dict]:
       lines.append(json.loads(line))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
       raise ValueError(f'{path}, line {number} is not valid JSON ({e}); remove it, or restore a copy') from e
-    if not isinstance(lines[-1], dict) or not {'stage', 'kind', 'step'} <= lines[-1].keys():
-      raise ValueError(f'{path}, line {number} is no record: want an object with stage, kind and step; remove it, or '
-                       'restore a copy')
+    record = lines[-1] if isinstance(lines[-1], dict) else {}
+    # A stage names a folder of the run: nothing outside it.
+    if not (_STAGE.fullmatch(str(record.get('stage', ''))) and 'kind' in record and isinstance(record.get('step'), int)):
+      raise ValueError(f'{path}, line {number} is no record: want an object with stage, kind and a whole step; remove '
+                       'it, or restore a copy')
   return lines

@@ -123,6 +123,8 @@ def _gguf(path: pathlib.Path, name: str, tokenizer: pathlib.Path | None) -> Sour
 def _stage(folder: pathlib.Path, tokenizer: pathlib.Path | None) -> Source:
   """A model that this code trained or loaded: the newest whole checkpoint of a stage."""
   stage, run = workdir.read_json(folder / 'stage.json'), folder.parent
+  if missing := {'model', 'tokenizer', 'max_length'} - stage.keys():
+    raise ValueError(f'{folder / "stage.json"} says nothing of {", ".join(sorted(missing))}: it is no trained model')
   model = Mistral(**stage['model'])
   kept = tokenizer or next((f / 'tokenizer' for f in (folder, run) if (f / 'tokenizer').is_dir()), None)
 

@@ -41,8 +41,8 @@ def record(dataset, n):
   return {
     'Rowan/hellaswag': {'ctx_a': f'He [x] planted {n}.', 'ctx_b': 'the TREE', 'endings': options, 'label': str(n % 4),
                         'activity_label': 'Gardens [title]'},
-    'allenai/sciq': {'support': f' About {n}.', 'question': 'What?', 'correct_answer': word, 'distractor1': others[0],
-                     'distractor2': others[1], 'distractor3': others[2]},
+    'allenai/sciq': {'support': f' About {n}.' if n else '', 'question': 'What?', 'correct_answer': word,
+                     'distractor1': others[0], 'distractor2': others[1], 'distractor3': others[2]},
     'allenai/ai2_arc': {'question': f'Which {n}?', 'choices': lettered, 'answerKey': 'ABCD'[n % 4]},
     'aps/super_glue': {
       'passage': f'P{n}', 'question': 'is it', 'label': n % 2, 'premise': f'It fell {n}.', 'choice1': 'It was old.',
@@ -89,7 +89,9 @@ def asked(monkeypatch):
     rows = [record(path, n) for n in range(9)]
     if path == 'aps/super_glue' and name == 'copa':
       rows = [row | {'question': 'cause'} for row in rows]
-    return {split: datasets.Dataset.from_list(rows) for split in ('train', 'validation', 'test', 'dev')}
+    told = lambda row, split: row | {key: f'{row[key]} of {split}' for key in row if key == 'question_stem'}
+    return {split: datasets.Dataset.from_list([told(row, split) for row in rows])
+            for split in ('train', 'validation', 'test', 'dev')}
 
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
   return found
@@ -159,13 +161,14 @@ def test_prox_counts_mmlu_as_one_task_and_spells_answers_out(tasks, asked):
   found, _ = evaluated(tasks, 'prox10', model)
   value = lambda task: found['results'][f'prox10_{task}_0shot']['acc_norm,none']
   mmlu = [value(name) for name in paper_tasks.PROX_MMLU]
-  nine = [value(name) for name in ('arc_challenge', 'arc_easy', 'openbookqa', 'piqa', 'sciq', 'prox_commonsense_qa',
-                                   'prox_hellaswag', 'prox_siqa', 'prox_winogrande')]
+  nine = [value(name) for name in ('arc_challenge', 'arc_easy', 'piqa', 'prox_commonsense_qa', 'prox_hellaswag',
+                                   'prox_openbookqa', 'prox_sciq', 'prox_siqa', 'prox_winogrande')]
   assert len(mmlu) == 57 and len(asked['cais/mmlu']) == 57 and None not in asked['cais/mmlu']
   np.testing.assert_allclose(found['groups']['prox10']['score,0-shot'], np.mean([np.mean(mmlu), *nine]))
   for pair in [('Where 1?', ' birch tree'), ('Alex 1 sat. Why?', ' a dogwood'),
                ('Gardens. : He planted 1. The tree ', ' birch tree'),
-               ('The 1 fell on the ', 'birch tree and broke it.'),
+               ('The 1 fell on the ', 'birch tree and broke it.'), ('Trees 1 of validation', ' birch tree'),
+               ('Question: What?\nAnswer:', ' ash'), ('About 1.\nQuestion: What?\nAnswer:', ' birch tree'),
                ('The following are questions about high school physics.\nQuestion: Q1?\nAnswer:', ' birch tree')]:
     assert pair in model.asked, pair
 

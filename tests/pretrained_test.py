@@ -90,6 +90,16 @@ def test_a_sentencepiece_tokenizer_is_exported_as_it_is(made, tmp_path):
   assert again(text[:20_000])['input_ids'] == theirs(text[:20_000])['input_ids']
 
 
+def test_generation_settings_of_the_source_are_kept(made, tmp_path):
+  """Through a stage and back: a chat model may end on several tokens."""
+  shutil.copytree(made / 'exported', tmp_path / 'model')
+  file = tmp_path / 'model/generation_config.json'
+  workdir.write_json(file, workdir.read_json(file) | {'eos_token_id': [0, 7], 'temperature': 0.6, 'do_sample': True})
+  load.load(str(tmp_path / 'model'), str(tmp_path / 'stage'))
+  export.export(str(tmp_path / 'stage'), str(tmp_path / 'out'))
+  assert workdir.read_json(tmp_path / 'out/generation_config.json') == workdir.read_json(file)
+
+
 def test_a_bare_tokenizer_file_is_exported_with_its_end_of_text(made, tmp_path):
   (tmp_path / 'bare').mkdir()
   shutil.copy(made / 'exported/tokenizer.json', tmp_path / 'bare')

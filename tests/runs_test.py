@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -241,6 +242,22 @@ def test_a_run_whose_file_is_damaged_is_listed_with_what_is_wrong(folder, call, 
       assert known(folder)['a']['state'] == 'damaged' and f'a: {path}' in out, what
   path.unlink()
   assert call(folder)[0] == 0
+
+
+@pytest.mark.parametrize('stage', ['../../etc', '/etc', '', 'a//b', '.hidden', 'a/../../b'])
+def test_a_stage_outside_the_run_is_damage(folder, call, stage):
+  (folder / 'a/metrics.jsonl').write_text(json.dumps({'stage': stage, 'kind': 'eval', 'step': 1}) + '\n')
+  assert 'line 1 is no record' in call(folder)[1]
+
+
+@pytest.mark.parametrize('values,told', [
+  ('"step": "9", "nll": {"a": 1}, "bits_per_byte": {"a": 1}', ', line 1 is no record: want .* a whole step'),
+  ('"step": 9, "nll": {}, "bits_per_byte": {}', ': the last evaluation of main has no losses')])
+def test_an_evaluation_of_nothing_is_damage(folder, call, known, values, told):
+  path = folder / 'a/metrics.jsonl'
+  path.write_text(f'{{"stage": "main", "kind": "eval", {values}}}\n')
+  assert known(folder)['a']['state'] == 'damaged'
+  assert re.search(f'a: {re.escape(str(path))}{told}', call(folder)[1])
 
 
 def test_a_folder_without_runs_is_bad_input(tmp_path, call, folder):

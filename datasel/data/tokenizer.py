@@ -92,7 +92,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) ->
 def copy(source: str | os.PathLike, folder: str | os.PathLike) -> None:
   """Copies the files of a tokenizer as they are, with what transformers alone reads of them."""
   for name in ('tokenizer.json', 'tokenizer.model', 'special_tokens_map.json', 'chat_template.jinja',
-               'tokenizer_config.json'):
+               'generation_config.json', 'tokenizer_config.json'):
     if (pathlib.Path(source) / name).is_file():
       with workdir.replacing(pathlib.Path(folder) / name) as f:
         f.write((pathlib.Path(source) / name).read_bytes())

@@ -1,4 +1,4 @@
-"""Tasks whose prompts the papers' code words otherwise than the harness does: DoReMi's five, and five of ProX's ten."""
+"""DoReMi's tasks and most of ProX's: the papers' code words them otherwise than the harness, or asks another split."""
 
 import random
 import re
@@ -105,8 +105,8 @@ def doremi() -> dict[str, dict]:
 
 
 def prox() -> dict[str, dict]:
-  """Of ProX's ten, those whose prompts in its lighteval tasks are not the harness's own: answers are always spelt out,
-  never letters."""
+  """Of ProX's ten, those whose prompts or splits in its lighteval tasks are not the harness's own: answers are always
+  spelt out, never letters, and OpenBookQA is asked on its validation split, lighteval's default."""
   common = {'output_type': 'multiple_choice', 'metric_list': [_metric('acc'), _metric('acc_norm')],
             'metadata': {'version': 1.0}}
   mmlu = {f'prox_mmlu_{subject}': common | {
@@ -118,6 +118,15 @@ def prox() -> dict[str, dict]:
       'dataset_path': 'tau/commonsense_qa', 'training_split': 'train', 'validation_split': 'validation',
       'doc_to_text': '{{question}}', 'doc_to_choice': '{{choices.text}}',
       'doc_to_target': "{{choices.label.index(answerKey.strip())}}"},
+    'prox_openbookqa': common | {
+      'dataset_path': 'allenai/openbookqa', 'dataset_name': 'main', 'training_split': 'train',
+      'validation_split': 'validation', 'doc_to_text': '{{question_stem}}', 'doc_to_choice': '{{choices.text}}',
+      'doc_to_target': '{{choices.label.index(answerKey.strip())}}'},
+    'prox_sciq': common | {
+      'dataset_path': 'allenai/sciq', 'training_split': 'train', 'test_split': 'test',
+      # Of some questions the support is empty: theirs begin without a blank line.
+      'doc_to_text': "{{(support ~ '\nQuestion: ' ~ question ~ '\nAnswer:').strip()}}",
+      'doc_to_choice': '{{[distractor1, distractor2, distractor3, correct_answer]}}', 'doc_to_target': 3},
     'prox_siqa': common | {
       'dataset_path': 'lighteval/siqa', 'training_split': 'train', 'validation_split': 'validation',
       'doc_to_text': '{{context}} {{question}}', 'doc_to_choice': '{{[answerA, answerB, answerC]}}',

@@ -49,8 +49,9 @@ SUITES = {
     {name.removeprefix('doremi_'): (name,) for name in paper_tasks.doremi()}, shots=(1,), metrics=('exact_match',)),
   'prox10': Suite(
     'ProX (Zhou et al. 2024): 10 tasks, 0 shots, acc_norm, MMLU as one task', {
-      **_same('arc_challenge', 'arc_easy', 'openbookqa', 'piqa', 'sciq'),
-      **{name: (f'prox_{name}',) for name in ('commonsense_qa', 'hellaswag', 'siqa', 'winogrande')},
+      **_same('arc_challenge', 'arc_easy', 'piqa'),
+      **{name: (f'prox_{name}',) for name in ('commonsense_qa', 'hellaswag', 'openbookqa', 'sciq', 'siqa',
+                                              'winogrande')},
       'mmlu': paper_tasks.PROX_MMLU}),
   'anllm8': Suite(
     'AnLLM (Pang et al. 2024): 8 tasks, accuracy, 0 and 5 shots', _same(

@@ -33,7 +33,7 @@ class Gguf:
     except (OSError, ValueError, KeyError, IndexError) as e:
       raise ValueError(f'{self._path} is not a whole GGUF file ({e}); get it again') from e
     self._tensors = {self._name(t.name): t for t in self._reader.tensors}
-    self.array = functools.lru_cache(maxsize=2)(self._dequantised)  # devices ask for one tensor in turn
+    self.array = functools.lru_cache(maxsize=2)(self._dequantised)  # devices ask for parts of one tensor
 
   def field(self, name: str) -> Any:
     """A value of the file's metadata, None where it has none of that name."""

@@ -92,6 +92,9 @@ def from_config(config: dict) -> Mistral:
     raise ValueError(f'config.json: hidden_act is {config["hidden_act"]!r}; this code has {sorted(_ACTIVATIONS)}')
   rope = dict(config.get('rope_parameters') or {})
   theta, fraction = rope.pop('rope_theta', 1e4), rope.pop('partial_rotary_factor', 1.0)
+  if fraction != 1 and not neox:
+    raise ValueError(f'config.json: partial_rotary_factor is {fraction}; of the models this code reads only GPT-NeoX '
+                     'rotates part of a head')
   rope = {k: v for k, v in rope.items() if v is not None and k != 'type'}
   if rope.get('rope_type', 'default') == 'default':
     rope = {}

@@ -52,10 +52,9 @@ class Safetensors:
     elif (folder / SINGLE).is_file():
       files, listed = [SINGLE], None
     else:
-      pickled = sorted(p.name for p in folder.glob('*.bin'))
-      raise ValueError(f'{folder} has neither {SINGLE} nor {INDEX}' + (
-        f'; it has {pickled[0]}, which is pickled and never read here: convert it to safetensors first'
-        if pickled else ''))
+      raise ValueError(f'{folder} has neither {SINGLE} nor {INDEX}; pickled weights (pytorch_model.bin) are never '
+                       'downloaded or read here: convert them to safetensors first, or take the --revision refs/pr/N '
+                       "where the hub's converter did")
     for name in files:
       self._read_header(folder / name)
     if listed is not None:

@@ -149,6 +149,9 @@ def _stage(files: Artefacts, name: str, made: dict, config: dict, costs: dict[st
   known = {}
   if evaluated:
     nll, bits = (_floats(evaluated[-1][key]) for key in ('nll', 'bits_per_byte'))
+    if not nll or not bits:
+      raise ValueError(f'{files.directory / "metrics.jsonl"}: the last evaluation of {name} has no losses; restore a '
+                       'copy')
     known = {'uniform_nll': statistics.fmean(nll.values()), 'bits_per_byte': statistics.fmean(bits.values()),
              'worst_domain': max(nll, key=nll.get), 'worst_nll': max(nll.values()), 'domain_nll': nll,
              'domain_bits_per_byte': bits}

@@ -231,6 +231,8 @@ def test_of_a_repository_what_is_read_is_downloaded():
   ({'hidden_act': 'relu'}, 'hidden_act'), ({'quantization_config': {'bits': 4}}, 'quantization_config'),
   ({'rope_parameters': {'rope_type': 'longrope', 'rope_theta': 1e4, 'short_factor': [1.0] * 4, 'factor': 2.0,
                         'long_factor': [1.0] * 4, 'original_max_position_embeddings': 32}}, 'longrope'),
+  ({'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e4, 'partial_rotary_factor': 0.5}},
+   'partial_rotary_factor is 0.5'),
 ])
 def test_what_the_model_has_not_is_refused_by_name(checkpoint, change, message):
   folder, *_ = checkpoint
@@ -240,10 +242,12 @@ def test_what_the_model_has_not_is_refused_by_name(checkpoint, change, message):
     loaded(folder)
 
 
-def test_pickled_weights_are_never_opened(checkpoint):
+@pytest.mark.parametrize('downloaded', [True, False])
+def test_pickled_weights_are_never_opened(checkpoint, downloaded):
+  """Of a repository of the hub they don't even arrive: the message must still say why nothing is there."""
   folder, *_ = checkpoint
-  os.rename(folder / 'model.safetensors', folder / 'pytorch_model.bin')
-  with pytest.raises(ValueError, match='pytorch_model.bin, which is pickled'):
+  os.rename(folder / 'model.safetensors', (folder if downloaded else folder.parent) / 'pytorch_model.bin')
+  with pytest.raises(ValueError, match=r'pickled weights \(pytorch_model.bin\) are never downloaded or read here'):
     loaded(folder)
 
 

@@ -8,12 +8,16 @@ import pytest
 
 from datasel.models.presets import PRESETS
 
-# Millions of parameters: PDS's table; DoReMi's Table 9 with 256,000 tokens tied; RegMix's configuration files.
+# Millions of parameters: PDS's table; DoReMi's Table 9 with 256,000 tokens tied; RegMix's configuration files; the
+# hub's counts of the safetensors of SmolLM2, TinyLlama, Llama-2 and Mistral; ProX's own shapes.
 PUBLISHED = {
   'pds_160m': 162.4, 'pds_470m': 468.2, 'pds_1b': 1004, 'pds_1_7b': 1742,
   'doremi_70m': 68, 'doremi_150m': 150, 'doremi_280m': 281, 'doremi_510m': 514, 'doremi_760m': 658, 'doremi_1b': 1330,
   'doremi_8b': 9600, 'doremi_120m_repository': 124,
   'regmix_1m': 27.1, 'regmix_60m': 136, 'regmix_1b': 1340,
+  'smollm2_135m': 134.515, 'smollm2_360m': 361.821, 'smollm2_1_7b': 1711.38, 'tinyllama_1_1b': 1100.05,
+  'llama2_7b': 6738.42, 'llama2_13b': 13015.9, 'mistral_7b': 7241.73,
+  'tlm_xs': 354.285, 'tlm_s': 758.982, 'tlm_m': 1741.79,
 }
 
 

@@ -131,7 +131,8 @@ def _lines(path: pathlib.Path) -> list[dict]:
       raise ValueError(f'{path}, line {number} is not valid JSON ({e}); remove it, or restore a copy') from e
     record = lines[-1] if isinstance(lines[-1], dict) else {}
     # A stage names a folder of the run: nothing outside it.
-    if not (_STAGE.fullmatch(str(record.get('stage', ''))) and 'kind' in record and isinstance(record.get('step'), int)):
+    if not (_STAGE.fullmatch(str(record.get('stage', ''))) and 'kind' in record
+            and isinstance(record.get('step'), int)):
       raise ValueError(f'{path}, line {number} is no record: want an object with stage, kind and a whole step; remove '
                        'it, or restore a copy')
   return lines

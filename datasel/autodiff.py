@@ -52,6 +52,20 @@ def directional_derivatives(per_example_loss: Callable, params: Tree, direction:
   return jax.jvp(losses, (params,), (direction,))
 
 
+def first_order(per_example_loss: Callable, params: Tree, weights_B: jax.Array, batch: Tree, *,
+                microbatches: int = 1) -> tuple[jax.Array, Tree]:
+  """(losses_B, sum_n weights_n * grad loss_n): what `second_order` gives without a direction, arguments as there."""
+  weights_B = jnp.asarray(weights_B)
+  _check_rows(weights_B, batch, microbatches)
+
+  def part(rows):
+    grad, losses_B = jax.grad(_weighted(per_example_loss, *rows), has_aux=True)(params)
+    return _widened(grad), losses_B
+
+  grad, losses_B = _in_parts(part, (weights_B, batch), microbatches)
+  return losses_B, grad
+
+
 def second_order(per_example_loss: Callable, params: Tree, direction: Tree, weights_B: jax.Array, batch: Tree, *,
                  microbatches: int = 1) -> SecondOrder:
   """Losses, weighted gradient, its Hessian-vector product and every example's directional derivative, in one pass.
@@ -69,36 +83,45 @@ def second_order(per_example_loss: Callable, params: Tree, direction: Tree, weig
   _check_rows(weights_B, batch, microbatches)
 
   def part(rows):
-    weights, inputs = rows
+    with_losses = jax.grad(_weighted(per_example_loss, *rows), has_aux=True)
+    (grad, losses_B), (product, derivatives_B) = jax.jvp(with_losses, (params,), (direction,))
+    return _widened((grad, product)), (losses_B, derivatives_B)
 
-    def weighted(p):
-      losses = _checked(per_example_loss(p, inputs))
-      if losses.shape != weights.shape:
-        raise ValueError(f'per_example_loss returned {losses.shape[0]} losses for {weights.shape[0]} rows; want one '
-                         'for each')
-      return (weights * losses).sum(), losses
+  (grad, product), (losses_B, derivatives_B) = _in_parts(part, (weights_B, batch), microbatches)
+  return SecondOrder(losses_B, grad, product, derivatives_B)
 
-    with_losses = jax.grad(weighted, has_aux=True)
-    (grad, losses), (product, derivatives) = jax.jvp(with_losses, (params,), (direction,))
-    widen = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return jax.tree.map(widen, (grad, product)), (losses, derivatives)
 
-  if microbatches == 1:
-    (grad, product), (losses_B, derivatives_B) = part((weights_B, batch))
-    return SecondOrder(losses_B, grad, product, derivatives_B)
-
+def _in_parts(part: Callable[[Tree], tuple[Tree, Tree]], rows: Tree, n: int) -> tuple[Tree, Tree]:
+  """part(rows) -> (sums, one entry for each row), of n parts one after another."""
+  if n == 1:
+    return part(rows)
   # Part i takes rows i, i + n, ...: every part lies on all devices of a sharded batch.
-  split = lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-  parts = jax.tree.map(split, (weights_B, batch))
+  parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), rows)
   zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))[0])
 
   def add(total, rows):
     sums, each = part(rows)
     return jax.tree.map(jnp.add, total, sums), each
 
-  (grad, product), each = jax.lax.scan(add, zeros, parts)
-  losses_B, derivatives_B = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), each)
-  return SecondOrder(losses_B, grad, product, derivatives_B)
+  total, each = jax.lax.scan(add, zeros, parts)
+  return total, jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1), each)
+
+
+def _weighted(per_example_loss: Callable, weights_B: jax.Array, batch: Tree) -> Callable:
+  """params -> (sum_n weights_n * loss_n, losses_B)"""
+
+  def loss(params):
+    losses_B = _checked(per_example_loss(params, batch))
+    if losses_B.shape != weights_B.shape:
+      raise ValueError(f'per_example_loss returned {losses_B.shape[0]} losses for {weights_B.shape[0]} rows; want one '
+                       'for each')
+    return (weights_B * losses_B).sum(), losses_B
+
+  return loss
+
+
+def _widened(tree: Tree) -> Tree:
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
 def tree_vdot(a: Tree, b: Tree) -> jax.Array:

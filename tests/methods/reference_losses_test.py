@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_store
 
-from datasel import metrics, sharding, workdir
+from datasel import metrics, row_values, sharding, workdir
 from datasel.data.mixture import by_tokens
 from datasel.data.sampler import Sampler
 from datasel.methods.doremi import reference_losses
@@ -65,7 +65,7 @@ class CountedStore:
 def often(monkeypatch):
   """A clock by which every batch takes long enough to be recorded as done."""
   seconds = itertools.count(step=6.0)
-  monkeypatch.setattr(reference_losses, 'time', types.SimpleNamespace(perf_counter=lambda: next(seconds)))
+  monkeypatch.setattr(row_values, 'time', types.SimpleNamespace(perf_counter=lambda: next(seconds)))
 
 
 def batches(store):
@@ -84,7 +84,7 @@ def test_added_losses_are_the_models(store, params, tmp_path):
   losses = compute(tmp_path / 'losses', store, params)
   direct = jax.jit(table_nll)
   for batch in batches(store):
-    added = losses.add(batch)
+    added = losses(batch)
     assert added.keys() - batch.keys() == {'reference_nll_BxL'} and 'reference_nll_BxL' not in batch
     assert added['reference_nll_BxL'].dtype == np.float32
     np.testing.assert_allclose(added['reference_nll_BxL'], direct(params, batch), rtol=1e-6, atol=1e-6)
@@ -97,7 +97,7 @@ def test_four_devices_compute_the_same(store, params, tmp_path):
     tmp_path / 'spread', table_nll, params, store, sharding.make_mesh(2, 2, 1), records, batch_size=BATCH,
     provenance={}, stage='reference_nll', progress=metrics.Progress(1.0), flops_per_row=1.0)
   for batch in batches(store):
-    np.testing.assert_allclose(*(x.add(batch)['reference_nll_BxL'] for x in (alone, spread)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(*(x(batch)['reference_nll_BxL'] for x in (alone, spread)), rtol=1e-6, atol=1e-6)
 
 
 def test_killed_in_the_middle_and_resumed_gives_the_same_files(store, params, tmp_path, often):
@@ -123,15 +123,15 @@ def test_finished_losses_are_not_computed_again(store, params, tmp_path):
 def test_other_parameters_or_records_are_computed_anew(store, params, tmp_path):
   records = reference_losses.visited(samplers(store), STEPS)
   [batch] = itertools.islice(batches(store), 1)
-  before = compute(tmp_path / 'losses', store, params).add(batch)['reference_nll_BxL']
-  after = compute(tmp_path / 'losses', store, 2 * params, provenance='seed 1').add(batch)['reference_nll_BxL']
+  before = compute(tmp_path / 'losses', store, params)(batch)['reference_nll_BxL']
+  after = compute(tmp_path / 'losses', store, 2 * params, provenance='seed 1')(batch)['reference_nll_BxL']
   np.testing.assert_allclose(after, table_nll(2 * params, batch), rtol=1e-5, atol=1e-6)
   assert np.abs(before - after).max() > 0.1
   fewer = CountedStore(store)
   losses = compute(tmp_path / 'losses', store, params, records=[r[:2] for r in records], read_from=fewer)
   assert fewer.reads == 1
   names = store.read('train', np.array([0, 2]), np.array([records[0][1], records[2][0]]))
-  np.testing.assert_allclose(losses.add(names)['reference_nll_BxL'], table_nll(params, names), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(losses(names)['reference_nll_BxL'], table_nll(params, names), rtol=1e-5, atol=1e-6)
 
 
 def test_a_partial_result_of_other_parameters_is_not_continued(store, params, tmp_path, often):
@@ -139,7 +139,7 @@ def test_a_partial_result_of_other_parameters_is_not_continued(store, params, tm
     compute(tmp_path / 'losses', store, params, read_from=CountedStore(store, fail_after=4))
   losses = compute(tmp_path / 'losses', store, 2 * params, provenance='seed 1')
   for batch in batches(store):
-    got = losses.add(batch)['reference_nll_BxL']
+    got = losses(batch)['reference_nll_BxL']
     np.testing.assert_allclose(got, table_nll(2 * params, batch), rtol=1e-5, atol=1e-6)
 
 
@@ -154,14 +154,14 @@ def test_a_flipped_byte_is_refused_by_the_files_name(store, params, tmp_path, na
     compute(tmp_path / 'losses', store, params)
   file.unlink()
   with pytest.raises(ValueError, match=f'{name} is damaged .*no file'):
-    reference_losses.ReferenceLosses(tmp_path / 'losses', store)
+    row_values.RowValues(tmp_path / 'losses', reference_losses.quantity(store), store)
 
 
 def test_losses_of_another_store_are_refused(store, params, tmp_path):
   compute(tmp_path / 'losses', store, params)
   other = types.SimpleNamespace(digest='another', path='elsewhere', domains=store.domains)
   with pytest.raises(ValueError, match='another token store than elsewhere'):
-    reference_losses.ReferenceLosses(tmp_path / 'losses', other)
+    row_values.RowValues(tmp_path / 'losses', reference_losses.quantity(store), other)
 
 
 def test_an_example_without_a_loss_is_named(store, params, tmp_path):
@@ -170,7 +170,7 @@ def test_an_example_without_a_loss_is_named(store, params, tmp_path):
   missing = int(records[1][1])
   batch = store.read('train', np.array([0, 1]), np.array([records[0][0], missing]))
   with pytest.raises(KeyError, match=rf'no reference loss for all of json records \[{missing}\]'):
-    losses.add(batch)
+    losses(batch)
 
 
 def test_a_loss_that_is_not_finite_names_its_example(store, params, tmp_path):

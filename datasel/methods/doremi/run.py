@@ -170,7 +170,7 @@ def one_round(run: build.Run, prefix: str, reference: Mixture, round_name: str) 
   params = build.train_stage(run, stage, role=stage.name, weights_M=reference.for_domains(store.domains)).params
   samplers = [Sampler(store, 'train', sampling_M, section.batch_size, seed=build.seed_for(config, proxy.name),
                       block=config.data.block) for proxy in proxies]
-  losses = reference_losses.compute(
+  add_losses = reference_losses.compute(
     run.directory / f'{prefix}reference_nll', objectives.in_microbatches(stage.model.token_nll, stage.microbatches),
     params, store, run.mesh, reference_losses.visited(samplers, section.steps),
     batch_size=section.batch_size, stage=f'{prefix}reference_nll', progress=run.progress, rules=build.rules(config),
@@ -182,7 +182,7 @@ def one_round(run: build.Run, prefix: str, reference: Mixture, round_name: str) 
   averages = []
   for s, proxy in enumerate(proxies):
     aux = jax.device_get(build.train_stage(
-      run, proxy, role=proxy.name, init_role=f'init-{s}', weights_M=sampling_M, add_columns=losses.add,
+      run, proxy, role=proxy.name, init_role=f'init-{s}', weights_M=sampling_M, add_columns=add_losses,
       describe=lambda values: _by_domain(values, store.domains)).aux)
     named = lambda x_M: dict(zip(store.domains, np.asarray(x_M, np.float64).tolist()))
     averages.append(named(domain_weights.average(aux, include_initial=section.average_includes_initial)))

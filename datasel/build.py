@@ -41,7 +41,7 @@ class Run:
 
   def example_names(self, batch: dict) -> str:
     """'code/17, web/3': domain and record number, names that hold for the life of the store."""
-    return ', '.join(f'{self.store.domains[d]}/{n}' for d, n in zip(batch['domain_B'], batch['example_B']))
+    return ', '.join(self.store.names(batch['domain_B'], batch['example_B']))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Stage:
   aux: Any = ()
   extra_columns: tuple[str, ...] = ()  # float32 B x L arrays of its batches beyond the store's
   init_from: str = ''  # a stage's checkpoints/ folder whose parameters to start from; empty: fresh
+  keep_every: int | None = None  # checkpoints of steps that are multiples of it stay
   splits_inside: bool = False  # the objective makes the micro-batches itself: it needs the whole batch first
 
   @property
@@ -167,11 +168,13 @@ def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sha
 
 def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, init_role: str = 'init',
                 add_columns: Callable[[dict], dict] | None = None,
-                describe: Callable[[dict], dict] = lambda m: m) -> State:
+                describe: Callable[[dict], dict] = lambda m: m,
+                also_evaluate: Callable[[Any], dict] = lambda params: {}) -> State:
   """Trains one model of a run, or finishes one that was begun: sampler, program, checkpoints and evaluation wired up.
 
   role and init_role name the seeds of the data order and of the initial parameters; add_columns adds the stage's
-  `extra_columns` to each batch while it is read ahead; describe turns a step's metrics into values for metrics.jsonl.
+  `extra_columns` to each batch while it is read ahead; describe turns a step's metrics into values for metrics.jsonl;
+  also_evaluate(params) adds values to those of each evaluation.
   """
   config, model, batch_size = run.config, stage.model, stage.batch_size
   logging.info('stage %s: %s parameters, %d steps of %d x %d tokens', stage.name, f'{model.n_params:,}', stage.steps,
@@ -189,7 +192,7 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
   identity = {
     'stage': stage.name, 'steps': stage.steps, 'batch_size': batch_size, 'model': dataclasses.asdict(model),
     'n_params': model.n_params, 'max_length': stage.length, 'flops': stage.flops,
-    'tokenizer': run.store.tokenizer['digest'], 'store': run.store.digest,
+    'tokenizer': run.store.tokenizer['digest'], 'store': run.store.whole.digest,
     'weights': dict(zip(run.store.domains, map(float, weights_M))),
     'epochs': dict(zip(run.store.domains, map(float, sampler.epochs(stage.steps * batch_size))))}
   if processes.lead():
@@ -200,13 +203,15 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
       return other.restore_params(program.abstract_state.params)
 
   with (contextlib.closing(batches),
-        Checkpoints(directory / 'checkpoints', keep=config.train.keep_checkpoints) as checkpoints):
+        Checkpoints(directory / 'checkpoints', keep=config.train.keep_checkpoints,
+                    keep_every=stage.keep_every) as checkpoints):
     state = train.fit(
       program, batches, key=jax.random.key(seed_for(config, init_role)), stage=stage.name, total_steps=stage.steps,
       checkpoints=checkpoints, writer=run.writer, log_every=config.train.log_every,
       checkpoint_every=config.train.checkpoint_every, tokens_per_step=batch_size * stage.length,
       flops_per_step=stage.flops / stage.steps, peak_flops=run.peak_flops, progress=run.progress,
-      name_examples=run.example_names, evaluate=evaluate, eval_every=config.train.eval_every,
+      name_examples=run.example_names, evaluate=lambda params: evaluate(params) | also_evaluate(params),
+      eval_every=config.train.eval_every,
       initial_params=starting_params if stage.init_from else None,
       describe=lambda step, values: describe(values) | {'learning_rate': rates[step - 1]},
       profile_steps=config.profile_steps, profile_directory=run.directory / 'profile')

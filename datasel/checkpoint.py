@@ -29,14 +29,15 @@ from datasel.step import State
 class Checkpoints:
   """The checkpoints of one training stage, in `directory`.  Writes nothing there before `restore` or `save`."""
 
-  def __init__(self, directory: pathlib.Path, *, keep: int):
-    """keep: how many of the newest steps stay; at least 2, so that a damaged newest one has a predecessor."""
+  def __init__(self, directory: pathlib.Path, *, keep: int, keep_every: int | None = None):
+    """keep: how many of the newest steps stay; at least 2, so that a damaged newest one has a predecessor.
+    keep_every: steps that are multiples of it stay too."""
     if keep < 2:
       raise ValueError(f'checkpoints to keep: {keep}; want at least 2, so that a damaged one leaves another')
     self._directory = pathlib.Path(directory).absolute()
     self._digests = self._directory / 'digests'
     self._steps = self._directory / 'steps'
-    self._keep = keep
+    self._keep, self._keep_every = keep, keep_every
     self._finisher: threading.Thread | None = None
     self._failure: BaseException | None = None
 
@@ -45,7 +46,8 @@ class Checkpoints:
     self._steps.mkdir(parents=True, exist_ok=True)
     self._digests.mkdir(exist_ok=True)
     return ocp.CheckpointManager(self._steps, options=ocp.CheckpointManagerOptions(
-      max_to_keep=self._keep, enable_async_checkpointing=True, cleanup_tmp_directories=True))
+      max_to_keep=self._keep, keep_period=self._keep_every, enable_async_checkpointing=True,
+      cleanup_tmp_directories=True))
 
   def save(self, step: int, state: State, data_state: dict) -> None:
     """Saves in the background; returns as soon as the arrays may be donated.  Waits for an earlier save first.
@@ -91,12 +93,13 @@ class Checkpoints:
       rest=ocp.args.StandardRestore(dataclasses.replace(abstract_state, params=())), data=ocp.args.JsonRestore()))
     return step, dataclasses.replace(restored['rest'], params=restored['params']), restored['data']
 
-  def restore_params(self, abstract_params: Any) -> Any:
-    """The parameters alone of the newest whole step, to start another run from.  Changes nothing in the directory,
-    which may be another run's, even one still running."""
-    step = processes.from_lead('judging the checkpoints', lambda: self._newest_whole(set_aside=False))
-    if step is None:
-      raise FileNotFoundError(f'no whole checkpoint in {self._steps}: nothing to start from')
+  def restore_params(self, abstract_params: Any, step: int | None = None) -> Any:
+    """The parameters alone of a step, default the newest whole one, to start another run from.  Changes nothing in the
+    directory, which may be another run's, even one still running."""
+    found = processes.from_lead('judging the checkpoints', lambda: self._find(step))
+    if isinstance(found, str):
+      raise FileNotFoundError(found)
+    step = found
     self._check_arrays(step, _arrays(State(None, abstract_params, None)), prefix='.params')
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(self._steps / str(step) / 'params', abstract_params)
@@ -128,6 +131,14 @@ class Checkpoints:
             old.unlink()
     except BaseException as e:  # carried to the training thread, which raises it in wait()
       self._failure = e
+
+  def _find(self, step: int | None) -> int | str:
+    """A whole step, or why there is none."""
+    if step is None:
+      found = self._newest_whole(set_aside=False)
+      return f'no whole checkpoint in {self._steps}: nothing to start from' if found is None else found
+    damage = self._damage(step)
+    return step if damage is None else f'checkpoint {self._steps / str(step)} {damage}'
 
   def _newest_whole(self, *, set_aside: bool) -> int | None:
     steps = sorted((int(p.name) for p in self._steps.glob('*') if p.name.isdecimal()), reverse=True)

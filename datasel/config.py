@@ -27,6 +27,7 @@ def base(method: str) -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   config.data.store = ''  # token store made by `python -m datasel.prepare`
+  config.data.selection = ''  # a selection.npz of that store, as PDS makes it: train on its records alone; '': on all
   config.data.demo = ''  # without a store: 'lean', 'default' or 'offline', fetched, tokenised and packed first
   config.data.length = 1024  # tokens of a sequence; must be the store's
   config.data.tokenizer = ''  # if given, name or file of the tokenizer that the store must have been made with
@@ -36,17 +37,7 @@ def base(method: str) -> ml_collections.ConfigDict:
 
   config.model = model('laptop')
 
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = 'adamw'  # or 'adafactor'
-  config.optimizer.peak_lr = 1e-3
-  config.optimizer.end_lr = 1e-4
-  config.optimizer.schedule = 'cosine'  # 'constant', 'cosine', 'exponential', 'exponential_gap'
-  config.optimizer.warmup_fraction = 0.06  # of a stage's steps
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.98
-  config.optimizer.eps = 1e-8
-  config.optimizer.weight_decay = 0.01
-  config.optimizer.clip = 1.0  # global gradient norm; 0: none
+  config.optimizer = optimizer()
 
   config.train = ml_collections.ConfigDict()
   config.train.steps = 1000
@@ -73,6 +64,22 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.tracking.wandb_project = ''  # empty: no Weights & Biases
   config.tracking.trackio_project = ''  # empty: no Trackio
   return config
+
+
+def optimizer() -> ml_collections.ConfigDict:
+  """The section of an optimiser and its schedule."""
+  section = ml_collections.ConfigDict()
+  section.name = 'adamw'  # or 'adafactor'
+  section.peak_lr = 1e-3
+  section.end_lr = 1e-4
+  section.schedule = 'cosine'  # 'constant', 'cosine', 'exponential', 'exponential_gap'
+  section.warmup_fraction = 0.06  # of a stage's steps
+  section.b1 = 0.9
+  section.b2 = 0.98
+  section.eps = 1e-8
+  section.weight_decay = 0.01
+  section.clip = 1.0  # global gradient norm; 0: none
+  return section
 
 
 def pretrain() -> ml_collections.ConfigDict:
@@ -108,6 +115,67 @@ def doremi() -> ml_collections.ConfigDict:
   return section
 
 
+def pds() -> ml_collections.ConfigDict:
+  """The section of PDS, as its repository has it; methods/pds/run.py says what each part does."""
+  section = ml_collections.ConfigDict()
+  section.target = ''  # J: 'validation:DOMAIN,...', 'demo:alpaca', or a file of {"text"} or {"prompt", "response"}
+  section.target_examples = 1024  # of it at most
+  section.model = model('laptop_small')  # the proxy language model
+  section.steps = 50_000  # of its training
+  section.train_batch_size = 512
+  section.train_microbatches = 1
+  section.init_from = ''  # as train.init_from, for the proxy
+  section.checkpoints = 5  # M: evenly spaced over the proxy's training; scores are averaged over them
+  section.horizon = 100  # T: inner steps
+  section.learning_rate = 0.008  # eta of the inner steps, plain gradient descent
+  section.batch_size = 256  # of an inner step, and of the target
+  section.microbatches = 1  # of an inner step
+  section.proxies = 163_840  # sequences that are scored by the solver
+  section.stride = 10  # inner steps between two that are scored
+  section.score_batch = 256  # sequences scored at once
+  section.normalize = False  # cosines instead of inner products
+  section.scorer = scorer()
+  section.ratio = 0.4  # r: part of the sequences that is kept
+  section.temperature = 0.1  # tau: of the Gumbel noise, in units of the scorer's output
+  section.quotas = ml_collections.ConfigDict()  # {domain: part of its sequences to keep, instead of `ratio`}
+  section.train_main = True  # train the main model on all data, on the selection, and on as much at random
+  return section
+
+
+def scorer() -> ml_collections.ConfigDict:
+  """The section of PDS's data scorer, as its repository has it."""
+  section = ml_collections.ConfigDict()
+  section.source = ''  # what it starts from: anything that datasel.load reads, such as a hub name; '': the run's proxy
+  section.pooling = 'mean'  # of hidden states; or 'last', 'first'
+  section.length = 0  # tokens of its own tokenizer for one sequence; 0: those of the store
+  section.cut = False  # leave out what is longer, and count it; False: refuse it
+  section.held_out = 16_384  # proxies that it is judged on
+  section.loss = 'mse'  # or 'rank'
+  section.epochs = 5  # over the other proxies, at most
+  section.patience = 2  # epochs without a higher rank correlation
+  section.batch_size = 512
+  section.microbatches = 1
+  section.optimizer = optimizer()
+  section.optimizer.peak_lr, section.optimizer.end_lr = 1e-4, 0.0
+  section.optimizer.warmup_fraction = 0.007  # 10 steps
+  return section
+
+
+def pds_paper(main_model: str, peak_lr: float) -> ml_collections.ConfigDict:
+  """PDS as published: a 160M proxy whatever the main model, which reads 52.4B tokens."""
+  config = base('pds')
+  config.model = model(main_model)
+  config.train.steps, config.train.batch_size = 100_000, 512
+  config.train.log_every, config.train.checkpoint_every = 50, 1000
+  config.train.eval_every, config.train.eval_sequences = 5000, 512
+  config.optimizer.peak_lr, config.optimizer.end_lr = peak_lr, peak_lr / 10
+  config.optimizer.warmup_fraction = 0.02  # 2,000 steps
+  config.optimizer.eps = 1e-6
+  config.pds = pds()
+  config.pds.model = model('pds_160m')
+  return config
+
+
 def model(preset: str) -> ml_collections.ConfigDict:
   """The section of a model, every field of it open to overrides: of `models.presets`, or of a stage's folder."""
   made = pathlib.Path(preset) / 'stage.json'
@@ -128,6 +196,7 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
     raise ValueError(f"unknown config argument {arg!r} after the colon; known: 'smoke', or nothing")
   if arg == 'smoke':
     config.data.store, config.data.demo, config.data.tokenizer = '', 'offline', ''
+    config.data.selection = ''
     config.data.length = 64
     config.model = model('smoke')
     config.train.steps, config.train.batch_size = 12, 8
@@ -141,6 +210,15 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
       if config.doremi.baseline == 'pile':
         config.doremi.baseline_epochs = dict.fromkeys(('apidocs', 'code', 'pydocs', 'readmes'), 1.0)
       config.doremi.rounds, config.doremi.seeds = min(config.doremi.rounds, 2), min(config.doremi.seeds, 2)
+    if 'pds' in config:
+      section = config.pds
+      section.target, section.target_examples = 'validation:code', 16
+      section.model, section.steps, section.checkpoints = model('smoke'), 12, 3
+      section.train_batch_size, section.train_microbatches, section.microbatches = 8, 1, 1
+      section.horizon, section.batch_size, section.stride = 4, 8, 2
+      section.proxies, section.score_batch = 64, 16
+      section.scorer.source, section.scorer.length, section.scorer.microbatches = '', 0, 1
+      section.scorer.held_out, section.scorer.epochs, section.scorer.batch_size = 16, 2, 16
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
   return config.lock()
 
@@ -156,6 +234,10 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
   least |= {'train.keep_checkpoints': 2, 'train.eval_every': 0, 'train.eval_sequences': 0, 'profile_steps': 0}
   if 'doremi' in config:
     least |= {f'doremi.{key}': 1 for key in ('steps', 'batch_size', 'microbatches', 'seeds', 'rounds')}
+  if 'pds' in config:
+    least |= {f'pds.{key}': 1 for key in (
+      'target_examples', 'steps', 'train_batch_size', 'train_microbatches', 'checkpoints', 'horizon', 'batch_size',
+      'microbatches', 'proxies', 'stride', 'score_batch')}
   for path, smallest in least.items():
     if flat[path] < smallest:
       raise ValueError(f'config.{path} is {flat[path]}; want at least {smallest}')

@@ -30,9 +30,9 @@ from datasel import command_line, workdir
 # jax is imported by the functions that need it: the worker processes that prepare text import this file too.
 
 # What may differ when a run is continued: how it is watched, and on which devices it is computed (the same examples in
-# the same order, sums in another one).  A store may have moved; its digest says that it is the same.
-_MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'train.keep_checkpoints',
-               'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches')
+# the same order, sums in another one).  A store or a selection may have moved; the digest says that it is the same.
+_MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'data.selection',
+               'train.keep_checkpoints', 'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches')
 _SHARED_SECONDS = 30  # until a file of one host is seen by another on any shared disk
 _REFUSED = 2
 _INTERRUPTED = 128 + 15  # the exit status that schedulers know as SIGTERM
@@ -45,8 +45,9 @@ class Refused(Exception):
 def methods() -> dict[str, Any]:
   """Each has run(config, directory, store) -> summary, and stages(config, store): what it will do, at what cost."""
   from datasel.methods.doremi import run as doremi
+  from datasel.methods.pds import run as pds
   from datasel.methods.pretrain import run as pretrain
-  return {'doremi': doremi, 'pretrain': pretrain}
+  return {'doremi': doremi, 'pds': pds, 'pretrain': pretrain}
 
 
 def main(argv: list[str]) -> int:
@@ -121,13 +122,13 @@ def launch(options: flags.FlagValues, directory: pathlib.Path, argv: list[str]) 
         # The two main models are one program, and so is a run before and after an interruption.
         jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
       processes.from_lead('reading the config of the run', lambda: _check_same_config(flat, directory))
-      store, sources = open_store(config, directory)
+      store, found = open_store(config, directory)
       table = processes.together('checking the run', lambda: _check(method, config, store, directory, options.dry_run))
     if options.dry_run:
       if processes.lead():
         print(f'{table}\ndry run: everything checked, nothing trained')
       return 0
-    processes.from_lead('recording the run', lambda: _record(flat, directory, argv, store, sources))
+    processes.from_lead('recording the run', lambda: _record(flat, directory, argv, store, found))
     try:
       summary = method.run(config, directory, store)
     except Exception:
@@ -149,27 +150,45 @@ def _refusing() -> Iterator[None]:
     raise Refused(str(e)) from e
 
 
-def open_store(config: Any, directory: pathlib.Path) -> tuple[Any, dict | None]:
-  """The run's token store, and the sources of a demo corpus; that is fetched and prepared first, by one process."""
+def open_store(config: Any, directory: pathlib.Path) -> tuple[Any, dict]:
+  """The run's token store, seen through its selection where it has one, and how it was found; a demo corpus is fetched
+  and prepared first, by one process."""
   from datasel import processes
+  from datasel.data.selection import Selected, load
   from datasel.data.store import Store
-  path, sources, verify = processes.from_lead('preparing the token store', lambda: _find_store(config, directory))
+  found = processes.from_lead('preparing the token store', lambda: {
+      **_find_store(config, directory), 'selection': _find_selection(config, directory)})
 
-  def opened() -> Store:
-    if not processes.lead() and not pathlib.Path(path).is_dir():
+  def opened() -> Store | Selected:
+    path = pathlib.Path(found['store'])
+    if not processes.lead() and not path.is_dir():
       raise ValueError(f'the token store {path} is not on this host: choose a disk that all hosts share '
                        '(DATASEL_CACHE for a demo corpus, --config.data.store for your own)')
     # One process proves what all of them read; what is damaged in a host's own copy is found when it is read.
-    return Store(pathlib.Path(path), verify=verify if processes.lead() else 'size')
+    store = Store(path, verify=found['verify'] if processes.lead() else 'size')
+    return Selected(store, load(found['selection'])) if found['selection'] else store
 
   store = processes.together('opening the token store', opened)
   processes.agree('token store', {'digest': store.digest})
-  return store, sources
+  return store, found
 
 
-def _find_store(config: Any, directory: pathlib.Path) -> tuple[str, dict | None, str]:
-  """(path, sources, how to verify).  A run keeps the store it began with, also where a demo corpus would come out
-  otherwise today."""
+def _find_selection(config: Any, directory: pathlib.Path) -> str:
+  """The file of the run's selection, '' for none.  A run keeps the selection it began with."""
+  from datasel.data.selection import load
+  path, began_with = config.data.selection, None
+  if (directory / 'config.json').exists():
+    began_with = workdir.read_json(directory / 'data.json').get('selection')
+    path = path or (began_with['file'] if began_with else '')
+    if path and (began_with is None or load(path).digest != began_with['digest']):
+      raise ValueError(f'{path} is not the selection that this run began with '
+                       f'({began_with["file"] if began_with else "none"}); restore it, or take another workdir')
+  return str(pathlib.Path(path).absolute()) if path else ''
+
+
+def _find_store(config: Any, directory: pathlib.Path) -> dict:
+  """{store: its path, sources, verify: how}.  A run keeps the store it began with, also where a demo corpus would come
+  out otherwise today."""
   from datasel import prepare
   from datasel.data import demo
   from datasel.data import tokenizer as tokenizers
@@ -184,9 +203,10 @@ def _find_store(config: Any, directory: pathlib.Path) -> tuple[str, dict | None,
     if digest != began_with['digest']:
       raise ValueError(f'{path} (digest {digest[:12]}) is not the store that this run began with (digest '
                        f'{began_with["digest"][:12]}); restore it, or take another workdir')
-    return str(path), began_with['sources'], config.data.verify
+    return {'store': str(path), 'sources': began_with['sources'], 'verify': config.data.verify}
   if config.data.store:
-    return str(pathlib.Path(config.data.store).absolute()), None, config.data.verify
+    path = pathlib.Path(config.data.store).absolute()
+    return {'store': str(path), 'sources': None, 'verify': config.data.verify}
   corpus = demo.fetch(config.data.demo)
   if config.data.tokenizer:
     tokenizer, name = config.data.tokenizer, tokenizers.load(config.data.tokenizer).digest[:12]
@@ -197,24 +217,29 @@ def _find_store(config: Any, directory: pathlib.Path) -> tuple[str, dict | None,
                             reuse=True)
   path = corpus.parent / f'{corpus.name}-{name}-{config.data.length}'
   prepare.prepare(corpus, path, tokenizer, length=config.data.length, holdout=0.05, workers=os.cpu_count() or 1)
-  return str(path), workdir.read_json(corpus / 'sources.json'), 'size'
+  return {'store': str(path), 'sources': workdir.read_json(corpus / 'sources.json'), 'verify': 'size'}
 
 
-def _record(flat: dict, directory: pathlib.Path, argv: list[str], store: Any, sources: dict | None) -> None:
+def _record(flat: dict, directory: pathlib.Path, argv: list[str], store: Any, found: dict) -> None:
   """From here on this is a run: config.json, written last, says so."""
   from datasel.data import tokenizer
   tokenizer.copy(store.path, directory / 'tokenizer')  # what the run's models are used with, wherever the store goes
-  workdir.write_json(directory / 'data.json', _data(store, sources))
+  workdir.write_json(directory / 'data.json', _data(store, found))
   workdir.write_json(directory / 'environment.json', environment(argv))
   workdir.write_json(directory / 'config.json', flat)
 
 
-def _data(store: Any, sources: dict | None) -> dict:
-  """data.json: which store, and what it holds."""
+def _data(store: Any, found: dict) -> dict:
+  """data.json: which store and selection, and what they hold."""
+  whole, selection = store.whole, None
+  if found['selection']:
+    selection = {'file': found['selection'], 'digest': store.selection.digest,
+                 'provenance': store.selection.provenance,
+                 'of_sequences': dict(zip(whole.domains, whole.sizes('train').tolist()))}
   domains = {name: {split: {k: v for k, v in store.counts(split)[name].items() if k != 'shards'}
                     for split in ('train', 'validation')} for name in store.domains}
-  return {'store': str(store.path), 'digest': store.digest, 'tokenizer': store.tokenizer, 'domains': domains,
-          'sources': sources}
+  return {'store': str(whole.path), 'digest': whole.digest, 'selection': selection, 'tokenizer': whole.tokenizer,
+          'domains': domains, 'sources': found['sources']}
 
 
 def _check(method: Any, config: Any, store: Any, directory: pathlib.Path, dry_run: bool) -> str:
@@ -312,7 +337,15 @@ def _announce(summary: dict, directory: pathlib.Path) -> None:
     print('\ntuned domain weights (baseline)')
     for name, weight in sorted(summary['tuned'].items(), key=lambda item: -item[1]):
       print(f'  {name:24s} {weight:.4f}  ({summary["baseline"][name]:.4f})')
-  print(f'\nweights: {directory / "mixture.json"}\nreport:  {directory / "report.html"}')
+  if 'kept' in summary:
+    print('\npart of each domain that is kept')
+    for name, n in sorted(summary['kept'].items(), key=lambda item: -item[1]['selected'] / max(item[1]['of'], 1)):
+      print(f'  {name:24s} {n["selected"] / max(n["of"], 1):.3f}  ({n["selected"]:,} of {n["of"]:,} sequences)')
+  files = {'weights:': 'mixture.json', 'selection:': 'selection.npz', 'report:': 'report.html'}
+  there = {what: directory / file for what, file in files.items() if (directory / file).exists()}
+  print()
+  for what, path in there.items():
+    print(f'{what:{max(map(len, there))}s} {path}')
 
 
 if __name__ == '__main__':

@@ -43,6 +43,17 @@ def language_model(token_nll: TokenNLL) -> Objective:
   return objective
 
 
+def per_example(token_nll: TokenNLL) -> Callable[[object, Batch], jax.Array]:
+  """(params, batch) -> loss_B: the mean over each row's counted tokens, nats per token; 0 where none counts."""
+
+  def losses(params, batch):
+    mask_BxL = batch['loss_mask_BxL']
+    count_B = mask_BxL.sum(-1)
+    return (token_nll(params, batch) * mask_BxL).sum(-1) / jnp.where(count_B > 0, count_B, 1)
+
+  return losses
+
+
 def in_microbatches(token_nll: TokenNLL, n: int) -> TokenNLL:
   """The same function at the memory of a B/n batch: activations of one part exist at a time and are computed again in
   the backward pass.  Any loss built on the result is exact, also one that needs the whole batch before it knows its

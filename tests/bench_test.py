@@ -1,17 +1,20 @@
 """Laws of the benchmarks: every contender reads the same data, and what is printed is what was measured."""
 
+import dataclasses
 import itertools
 import json
 import statistics
 import sys
 
 import datasets
+import jax
 import numpy as np
 import pytest
+from torch.utils import flop_counter
 
 from datasel.attention.shapes import CASES
 from datasel.bench import __main__ as bench
-from datasel.bench import attention, data, generate, step
+from datasel.bench import attention, data, generate, pds, step
 from datasel.data import mixture, sampler
 
 SMALL = dict(length=64, batch_size=4, batches=3, repeats=2, domains=10, max_bytes_per_domain=20_000)
@@ -126,3 +129,49 @@ def test_decoding_figures_follow_from_the_times():
     np.testing.assert_allclose(got, [10 / row['seconds'], limit / row['seconds']])
   with pytest.raises(ValueError, match="unknown preset 'pds'"):
     generate.run(preset='pds')
+
+
+TINY_PDS = dict(preset='smoke', length=16, steps=4, batch_size=4, proxies=8, dev=8, stride=2)
+# PyTorch's own, the first time that it takes a derivative in forward mode.
+torch_func_warns = pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated:DeprecationWarning')
+
+
+@torch_func_warns
+def test_solvers_agree_and_figures_follow_from_the_times():
+  result = pds.run(**TINY_PDS, repeats=1)
+  text = pds.table(result)
+  assert [*result['rows']] == [pds._OURS, pds._PEER] and 'not here' not in text
+  for row in result['rows'].values():
+    ours = result['rows'][pds._OURS]['core_seconds']
+    limit = result['flops'] / result['product_flops']
+    got = row['of_limit'], row['ratio_to_ours']
+    np.testing.assert_allclose(got, [limit / row['core_seconds'], row['core_seconds'] / ours])
+    assert f'{row["core_seconds"]:14.2f}{100 * row["of_limit"]:9.1f}%{row["ratio_to_ours"]:14.2f}' in text
+  assert result['agreement']['spearman'] > 1 - 1e-9 and result['agreement']['difference'] < 1e-4  # of their spread
+
+
+@torch_func_warns
+def test_the_work_of_a_solver_is_what_pytorch_counts():
+  """But for attention, of which it counts the pairs that see nothing too."""
+  model, B, L = pds.PRESETS['smoke'], TINY_PDS['batch_size'], TINY_PDS['length']
+  model = dataclasses.replace(model, dtype='float32')
+  tokens = np.random.default_rng(0).integers(0, model.vocab_size, (7, B, L + 1))
+  sets = {'train': tokens[:4], 'proxy': tokens[4:6], 'dev': tokens[6:]}
+  theirs = pds._functional(model, model.init(jax.random.key(0)), L)
+  solve = pds._torch_func(*theirs, sets, TINY_PDS['stride'], 0.1)
+  with flop_counter.FlopCounterMode(display=False) as counted:
+    solve()
+  work = pds._flops(model, L, 4, B, 2 * B, B, TINY_PDS['stride'])
+  assert work < counted.get_total_flops() < 1.02 * work
+
+
+def test_other_scores_or_sizes_that_do_not_divide_are_refused():
+  scores = np.random.default_rng(0).normal(size=100).astype(np.float32)
+  pds._agreement(scores, scores + np.float32(1e-5))
+  with pytest.raises(ValueError, match='the peer has other scores'):
+    pds._agreement(scores, 1.01 * scores)
+  for sizes in ({'proxies': 12}, {'dev': 4}):
+    with pytest.raises(ValueError, match='do not divide into batches of 8; choose multiples'):
+      pds.run(**sizes)
+  with pytest.raises(ValueError, match="unknown preset 'pds'"):
+    pds.run(preset='pds')

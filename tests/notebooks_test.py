@@ -30,6 +30,11 @@ assert comparison == summary['comparison'] and set(comparison['domains_won']) ==
 assert np.allclose(-np.log(probability[np.arange(len(targets)), targets])[counted], nll[counted], atol=1e-3)
 assert evaluated['tuned'][-1]['uniform_nll'] < evaluated['tuned'][0]['uniform_nll'] - 1
 ''',
+  'pmp_by_hand': '''
+assert len(plt.get_fignums()) == 2 and np.allclose(solver, by_hand, rtol=1e-10, atol=1e-12)
+assert np.allclose(automatic, by_hand, rtol=1e-10, atol=1e-12) and np.allclose(retrained, by_hand, rtol=1e-6, atol=1e-8)
+assert np.corrcoef(by_hand, twice)[0, 1] < -0.99 and lowest < min(at_random) < target(uniform) < highest
+''',
   'smollm2': '''
 assert len(before) == 10 and all(shuffled[name] > before[name] + 0.1 for name in before)  # bits per byte
 assert change[TRAINED] < -0.05 and min(change, key=change.get) == TRAINED

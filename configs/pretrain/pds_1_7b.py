@@ -5,7 +5,8 @@ Command:   python -m datasel.main --config=configs/pretrain/pds_1_7b.py --workdi
              --config.pretrain.mixture=mixture.json
 Hardware:  paper: 16 GPUs.  Cost by formula: 5.4e+20 FLOPs.  The paper gives no script for this size;
            its peak rate here follows the others.
-Paper:     the conventional baseline and the PDS-selected run differ in their store alone.  Not yet run with this code.
+Paper:     the conventional baseline and the PDS-selected run differ in config.data.selection alone.
+           Not yet run with this code.
 """
 
 from datasel import config as config_lib

@@ -4,7 +4,8 @@ Expects:   a token store, Mistral's tokenizer (32,000), sequences of 1,024 token
 Command:   python -m datasel.main --config=configs/pretrain/pds_1b.py --workdir=DIR --config.data.store=STORE
              --config.pretrain.mixture=mixture.json
 Hardware:  paper: 16 GPUs.  Cost by formula: 3.1e+20 FLOPs.
-Paper:     the conventional baseline and the PDS-selected run differ in their store alone.  Not yet run with this code.
+Paper:     the conventional baseline and the PDS-selected run differ in config.data.selection alone.
+           Not yet run with this code.
 """
 
 from datasel import config as config_lib

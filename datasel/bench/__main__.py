@@ -15,10 +15,9 @@ import sys
 import numpy
 
 from datasel import workdir
-from datasel.bench import attention, data, doremi, generate, step
+from datasel.bench import attention, data, doremi, generate, pds, step
 
-BENCHMARKS = {'attention': attention, 'data': data, 'doremi': doremi, 'generate': generate,
-              'step': step}
+BENCHMARKS = {'attention': attention, 'data': data, 'doremi': doremi, 'generate': generate, 'pds': pds, 'step': step}
 
 
 def main(argv: list[str]) -> None:

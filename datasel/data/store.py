@@ -49,6 +49,11 @@ class Store:
     self._lock = threading.Lock()
     self._reader = functools.lru_cache(maxsize=_OPEN_SHARDS)(lambda split, shard: self._splits[split].open(shard))
 
+  @property
+  def whole(self) -> 'Store':
+    """Itself: what is seen through a selection (`selection.Selected`) has another."""
+    return self
+
   def sizes(self, split: str) -> np.ndarray:
     """int64 [M]: the number of records of each domain, in the order of `domains`."""
     return self._split(split).sizes_M.copy()
@@ -71,6 +76,10 @@ class Store:
       rows = [self._read_one(split, shard, local) for shard, local in zip(shard_B.tolist(), local_B.tolist())]
     batch = packing.unpack(np.frombuffer(b''.join(rows), self._dtype))
     return batch | {'domain_B': domain_B.astype(np.int32), 'example_B': record_B.copy()}
+
+  def names(self, domain_B: np.ndarray, record_B: np.ndarray) -> list[str]:
+    """['code/17', ...]: train records by domain and number, for people; these hold for the life of the store."""
+    return [f'{self.domains[domain]}/{record}' for domain, record in zip(domain_B, record_B)]
 
   def _read_one(self, split: str, shard: int, local: int) -> bytes:
     reader = self._reader(split, shard)

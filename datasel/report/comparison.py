@@ -35,54 +35,59 @@ def outcome(found: dict) -> str:
           f'{values}; it wins {won}, and {after}.')
 
 
-def losses(run: Artefacts, baseline: str, tuned: str, order: Sequence[str]) -> Html:
-  """The section on the held-out losses of two stages; `order` is that of the domains in its table."""
+def losses(run: Artefacts, baseline: str, tuned: str, order: Sequence[str],
+           names: tuple[str, str] = ('baseline', 'tuned')) -> Html:
+  """The section on the held-out losses of two stages, called `names`; `order` is that of the domains in its table."""
   lines = run.of(baseline, 'eval'), run.of(tuned, 'eval')
   if not all(lines):
     return paragraph('The main models were not trained or not evaluated: there is nothing to compare.')
   base, new = (evaluated[-1] for evaluated in lines)
-  return Html(panels(_dots(base['nll'], new['nll'], order), _table(base, new, order))
-              + panels(_learning(*lines, 'uniform_nll', 'Average over domains'),
-                       _learning(*lines, 'worst_nll', 'Worst domain')))
+  return Html(panels(_dots(base['nll'], new['nll'], order, names), _table(base, new, order, names))
+              + panels(_learning(*lines, 'uniform_nll', 'Average over domains', names),
+                       _learning(*lines, 'worst_nll', 'Worst domain', names)))
 
 
-def _table(base: dict, new: dict, order: Sequence[str]) -> Html:
+def _table(base: dict, new: dict, order: Sequence[str], names: tuple[str, str]) -> Html:
+  before, after = names
+
   def row(name: str, a: float, b: float, a_bits: float, b_bits: float) -> list[str]:
-    winner = 'tuned' if b < a else 'baseline' if a < b else 'tie'
+    winner = after if b < a else before if a < b else 'tie'
     return [name, number(a), number(b), signed(b - a), number(a_bits), number(b_bits), winner]
 
   mean_bits = [sum(values['bits_per_byte'].values()) / len(order) for values in (base, new)]
   return table(
-    ['domain', 'baseline nats/token', 'tuned nats/token', 'difference', 'baseline bits/byte', 'tuned bits/byte',
-     'winner'],
+    ['domain', f'{before} nats/token', f'{after} nats/token', 'difference', f'{before} bits/byte',
+     f'{after} bits/byte', 'winner'],
     [row(d, base['nll'][d], new['nll'][d], base['bits_per_byte'][d], new['bits_per_byte'][d]) for d in order],
     total=row('average', base['uniform_nll'], new['uniform_nll'], *mean_bits),
     caption='Held-out losses of the main models at their last step')
 
 
-def _dots(base_nll: dict, new_nll: dict, order: Sequence[str]) -> Html:
+def _dots(base_nll: dict, new_nll: dict, order: Sequence[str], names: tuple[str, str]) -> Html:
+  before, after = names
   looks, change = plots.palette(order), {d: new_nll[d] - base_nll[d] for d in order}
   ranked = sorted(order, key=change.get)
   lower = [f'{d} {signed(change[d])}' for d in ranked if change[d] < 0]
-  svg = plots.differences('losses', 'Held-out loss, tuned − baseline', ranked, [change[d] for d in ranked],
-                          [looks[d][0] for d in ranked], xlabel='nats/token (left: tuned is better)')
+  svg = plots.differences('losses', f'Held-out loss, {after} − {before}', ranked, [change[d] for d in ranked],
+                          [looks[d][0] for d in ranked], xlabel=f'nats/token (left: {after} is better)')
   return figure(
-    svg, alt=f'Difference in held-out loss by domain; lower with the tuned weights: {some(lower) or "none"}',
-    caption='Each domain\'s final held-out loss on the tuned mixture less that on the baseline.')
+    svg, alt=f'Difference in held-out loss by domain; {after} is lower in: {some(lower) or "none"}',
+    caption=f'Each domain\'s final held-out loss: {after} less {before}.')
 
 
-def _learning(base: list[dict], tuned: list[dict], key: str, title: str) -> Html:
+def _learning(base: list[dict], tuned: list[dict], key: str, title: str, names: tuple[str, str]) -> Html:
   """The later part of both learning curves: the fall of the first steps would flatten what is to be compared."""
   last = base[-1]['step']
   late = [[line for line in lines if 5 * line['step'] >= last] for lines in (base, tuned)]
   curves = [Line([line['step'] for line in lines], [line[key] for line in lines], label=name, color=color, dots=True)
-            for lines, name, color in zip(late, ('baseline', 'tuned'), (GREY, ACCENT))]
+            for lines, name, color in zip(late, names, (GREY, ACCENT))]
   final = base[-1][key]
   said = ['Evaluated once, at the end: there is no curve.' if len(base) == 1 else f'Evaluated {len(base)} times.',
-          f'Dotted: the baseline\'s final value, {final:.3f}.']
+          f'Dotted: the final value of {names[0]}, {final:.3f}.']
   if len(late[0]) < len(base):
     said.append('The first fifth of the steps is left out.')
   return figure(
     plots.curves(f'learning {key}', title, curves, ylabel='held-out nats/token', level=final),
-    alt=f'{title}: held-out loss up to step {last}; baseline ends at {final:.3f}, tuned at {tuned[-1][key]:.3f}',
+    alt=f'{title}: held-out loss up to step {last}; {names[0]} ends at {final:.3f}, '
+    f'{names[1]} at {tuned[-1][key]:.3f}',
     caption=' '.join(said))

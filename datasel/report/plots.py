@@ -160,6 +160,17 @@ def intervals(key: str, title: str, names: Sequence[str], series: Sequence[tuple
   return _draw(key, (0.2 + 0.1 * len(series)) * len(names) + 0.95, paint)
 
 
+def scatter(key: str, title: str, x: Sequence[float], y: Sequence[float], *, xlabel: str, ylabel: str) -> str:
+  """A dot for each (x, y), and the line on which they would be equal."""
+
+  def paint(ax: Axes) -> None:
+    ax.axline((0, 0), slope=1, color=GREY, linewidth=1, linestyle=':')
+    ax.scatter(x, y, s=9, color=ACCENT, alpha=0.35, linewidths=0)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+
+  return _draw(key, 3.1, paint)
+
+
 def signed(x: float, digits: int = 3) -> str:
   """'+0.123' or '−0.123', with a true minus."""
   return f'{x:+.{digits}f}'.replace('-', '−')

@@ -82,6 +82,7 @@ def data(run: Artefacts, stages: Sequence[str]) -> Html:
     return paragraph('This run left no data.json: the size of its data is not known.')
   domains = described['domains']
   epochs = {stage: run.read(f'{stage}/stage.json').get('epochs', {}) for stage in stages}
+  selection = described.get('selection') or {}
   head = ['domain', 'documents', 'tokens', 'sequences', 'dropped', 'held-out documents', 'held-out tokens',
           *(f'epochs, {stage}' for stage in stages)]
   counted = [('train', 'documents'), ('train', 'tokens'), ('train', 'sequences'), ('train', 'dropped'),
@@ -89,13 +90,29 @@ def data(run: Artefacts, stages: Sequence[str]) -> Html:
   columns = [[_counted(splits.get(split, {}), key) for splits in domains.values()] for split, key in counted]
   rows = [[domain, *(count(column[i]) for column in columns),
            *(number(epochs[stage].get(domain), 2) for stage in stages)] for i, domain in enumerate(domains)]
-  total = ['all', *(count(sum(x for x in column if x is not None)) for column in columns), *(NONE for _ in stages)]
+  known = [[x for x in column if x is not None] for column in columns]
+  total = ['all', *(count(sum(column) if column else None) for column in known), *(NONE for _ in stages)]
   read = 'Epochs: how often a stage read a domain, 1.00 being all of it once. ' if stages else ''
   return Html(paragraph(
     'Token store ', element('code', described.get('store', NONE)), ', digest ',
     element('code', str(described.get('digest', NONE))[:16]), '. ', read,
     'Dropped: documents that the store left out (such as empty ones).')
+    + (_selected(selection, domains) if selection else Html(''))
     + table(head, rows, caption='Data by domain', total=total) + _sources(described.get('sources') or {}))
+
+
+def _selected(selection: dict, domains: dict) -> Html:
+  """That the run saw a part of its store only, which, and how much of it."""
+  whole, provenance = selection['of_sequences'], selection['provenance']
+  kept = {name: splits['train']['sequences'] for name, splits in domains.items()}
+  how = ', '.join(f'{key} {provenance[key]}' for key in ('method', 'ratio', 'temperature', 'seed') if key in provenance)
+  said = paragraph(
+    f'Trained on a selection: {count(sum(kept.values()))} of {count(sum(whole.values()))} sequences '
+    f'({100 * sum(kept.values()) / sum(whole.values()):.1f}%), without copying them. File ',
+    element('code', selection['file']), ', digest ', element('code', selection['digest'][:16]), f'; {how or NONE}. The '
+    'counts of training data below are those of the selection; how many documents it touches is not recorded.')
+  rows = [[name, count(kept[name]), count(whole[name]), f'{100 * kept[name] / whole[name]:.1f}%'] for name in domains]
+  return Html(said + table(['domain', 'sequences kept', 'of', 'part'], rows, caption='What the selection keeps'))
 
 
 def _counted(counts: dict, key: str) -> int | None:

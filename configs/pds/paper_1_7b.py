@@ -1,0 +1,17 @@
+r"""PDS with a 1.7B main model (2410.07064): 40% of a corpus chosen for instruction-like text, against all of it.
+
+Expects:   a token store, Mistral's tokenizer (32,000), sequences of 1,024 tokens; a target: LIMA as JSON lines of
+           {"prompt", "response"}.
+Command:   python -m datasel.main --config=configs/pds/paper_1_7b.py --workdir=DIR --config.data.store=STORE
+             --config.pds.target=lima.jsonl
+Hardware:  paper: 16 GPUs.  Each of three main models costs 5.4e+20 FLOPs by formula.  The paper gives
+           no script for this size; its peak rate here follows the others.
+Paper:     section 3 and the authors' scripts.  Theirs start the proxy at 10k steps alone; the paper averages five.
+           Not yet run with this code.
+"""
+
+from datasel import config as config_lib
+
+
+def get_config(arg: str = ''):
+  return config_lib.finish(config_lib.pds_paper('pds_1_7b', peak_lr=2e-4), arg)

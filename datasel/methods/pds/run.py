@@ -1,0 +1,259 @@
+"""PDS end to end (Gu et al. 2024): a proxy model, scores by optimal control, a scorer, a selection, what it is worth.
+
+  WORKDIR/proxy/                   the proxy model, with the checkpoints that are solved from
+  WORKDIR/pmp/                     scores of some sequences by the solver (gammas.npz)
+  WORKDIR/scorer/                  a model that predicts them from the text
+  WORKDIR/scores/                  its prediction for every sequence of the store
+  WORKDIR/selection.npz            what is kept: any run reads the store through it (--config.data.selection)
+  WORKDIR/random.npz               as many sequences at random
+  WORKDIR/main-all/ main-random/ main-selected/    the main model on all data and on either
+  WORKDIR/summary.json report.html the outcome
+
+A stage whose artefact is there is not done again; one that was interrupted goes on where it was.
+"""
+
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from datasel import build, evaluate, metrics, objectives, pretrained, processes, row_values, sharding, workdir
+from datasel import config as config_lib
+from datasel.data import mixture as mixture_lib
+from datasel.data import selection as selections
+from datasel.data import tokenizer as tokenizers
+from datasel.data.selection import Selected, Selection
+from datasel.data.store import Store
+from datasel.methods.pds import fitting, gammas, scorer, texts
+from datasel.methods.pds import target as targets
+from datasel.methods.pds.report import write_report
+from datasel.methods.pds.target import Target
+
+_MAINS = ('all', 'random', 'selected')
+_SCORE = row_values.Quantity('score', 'predicted score', (),
+                             'the scorer has diverged; lower pds.scorer.optimizer.peak_lr')
+_QUANTILES = (5, 25, 50, 75, 95)
+_SHOWN, _SHOWN_CHARS = 8, 400  # sequences at either end of the scores that the report shows, and how much of them
+
+
+def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store) -> dict:
+  """Runs or finishes the whole of it; returns summary.json's contents."""
+  plan = {stage.name: stage for stage in stages(config, store)}
+  target = _target(config, store)
+  with build.begin(config, directory, store, sum(stage.flops for stage in plan.values())) as r:
+    proxy = build.train_stage(r, plan['proxy'], role='proxy', init_role='init-proxy', weights_M=_natural(store)).params
+    scored = gammas.compute(r, plan['proxy'], target, plan['pmp'])
+    fitted = _fit_scorer(r, proxy, scored)
+    del proxy
+    scores = _score_all(r, fitted, plan['scores'])
+    kept = processes.from_lead('selecting', lambda: _select(r, scores))
+    for name in _MAINS if config.pds.train_main else ():
+      view = store if name == 'all' else Selected(store, selections.load(kept[name]))
+      # They share their initialisation and their steps: they differ by the data alone.
+      build.train_stage(dataclasses.replace(r, store=view), plan[f'main-{name}'], role='main', init_role='init-main',
+                        weights_M=_natural(view), also_evaluate=_target_loss(r, plan[f'main-{name}'], target))
+
+  def conclude() -> dict:
+    summary = _outcome(config, directory, store, target, scored, fitted.held_out, scores)
+    summary['cost_flops'] = {stage.name: stage.flops for stage in plan.values()}
+    for warning in summary['warnings']:
+      logging.warning(warning)
+    workdir.write_json(directory / 'summary.json', summary)
+    write_report(directory)
+    return summary
+
+  return processes.from_lead('writing the report', conclude)
+
+
+def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:
+  """Every stage and its cost.  ValueError for settings that could not be run."""
+  section = config.pds
+  _check(config, store)
+  _target(config, store)
+  proxy = config_lib.to_model(section.model)
+  made = lambda name, model, steps, batch_size, microbatches, **more: build.Stage(
+    name, model, objectives.language_model(model.token_nll), steps, batch_size, microbatches, store.length, **more)
+  per_token = proxy.flops_per_token(store.length)  # of a gradient: three forward passes
+  T, inner = section.horizon, section.batch_size
+  # Two passes of training, a Hessian-vector product of about twice a gradient, the target's gradient at each step; and
+  # at each scored step the forward pass with its tangent, about twice a forward pass.
+  solving = T * (4 * inner + section.target_examples) + -(-T // section.stride) * section.proxies * 2 / 3
+  passing = lambda name, flops: build.Stage(name, proxy, None, 0, section.score_batch, 1, store.length,
+                                            other_flops=flops, other_bytes=4 * int(store.sizes('train').sum()))
+  encoder = _scorer(config, None)
+  of_scorer = encoder.flops_per_token(section.scorer.length or store.length) * store.length
+  fitted = section.proxies - section.scorer.held_out
+  mains = [made(f'main-{name}', config_lib.to_model(config.model), config.train.steps, config.train.batch_size,
+                config.train.microbatches, init_from=config.train.init_from) for name in _MAINS if section.train_main]
+  return [
+    made('proxy', proxy, section.steps, section.train_batch_size, section.train_microbatches,
+         init_from=section.init_from, keep_every=section.steps // section.checkpoints),
+    passing('pmp', section.checkpoints * solving * per_token * store.length),
+    passing('scorer', section.scorer.epochs * fitted * of_scorer),
+    passing('scores', int(store.sizes('train').sum()) * of_scorer / 3), *mains]
+
+
+def _check(config: ml_collections.ConfigDict, store: Store) -> None:
+  section = config.pds
+  if section.steps % section.checkpoints or (section.steps // section.checkpoints) % config.train.checkpoint_every:
+    raise ValueError(f'config.pds.steps {section.steps} over config.pds.checkpoints {section.checkpoints} must be a '
+                     f'multiple of config.train.checkpoint_every {config.train.checkpoint_every}: only then is each '
+                     'checkpoint that is solved from saved')
+  if section.stride > section.horizon:
+    raise ValueError(f'config.pds.stride {section.stride} is above config.pds.horizon {section.horizon}')
+  if section.proxies % section.score_batch:
+    raise ValueError(f'config.pds.proxies {section.proxies} is not a multiple of config.pds.score_batch '
+                     f'{section.score_batch}')
+  if not 0 < section.ratio <= 1:
+    raise ValueError(f'config.pds.ratio is {section.ratio}; want a part of 1')
+  if section.proxies > store.sizes('train').sum():
+    raise ValueError(f'config.pds.proxies is {section.proxies}, but {store.path} has {store.sizes("train").sum()} '
+                     'sequences to train on')
+
+
+def _natural(store: Any) -> np.ndarray:
+  """Domains as they are: every sequence as likely."""
+  return mixture_lib.by_examples(store).for_domains(store.domains)
+
+
+def _target(config: ml_collections.ConfigDict, store: Store) -> Target:
+  return targets.load(config.pds.target, store, tokenizers.load(store.path), most=config.pds.target_examples)
+
+
+def _scorer(config: ml_collections.ConfigDict, source: pretrained.Source | None) -> scorer.Scorer:
+  model = config_lib.to_model(config.pds.model) if source is None else source.model
+  return scorer.Scorer(model, config.pds.scorer.pooling)
+
+
+def _fit_scorer(run: build.Run, proxy: Any, scored: dict[str, np.ndarray]) -> fitting.Fitted:
+  """From the proxy model, or from the checkpoint that the config names, with a tokenizer of its own."""
+  section, store, rules = run.config.pds.scorer, run.store, build.rules(run.config)
+  source = pretrained.find(section.source) if section.source else None
+  tokenizer = tokenizers.load(store.path) if source is None else source.tokenizer()
+  read = texts.reader(store, tokenizer, section.length or store.length, cut=section.cut)
+  backbone = (lambda: proxy) if source is None else lambda: source.params(mesh=run.mesh, rules=rules)
+  return fitting.fit(run, section, _scorer(run.config, source), backbone, (scored['domain_N'], scored['record_N']),
+                     scorer.targets(scored['gamma_N']), read)
+
+
+def _score_all(run: build.Run, fitted: fitting.Fitted, stage: build.Stage) -> row_values.RowValues:
+  sizes_M = run.store.sizes('train')
+  return row_values.compute(
+    run.directory / stage.name, _SCORE, fitted.score, fitted.params, run.store, run.mesh,
+    [np.arange(n) for n in sizes_M], batch_size=stage.batch_size, stage=stage.name, progress=run.progress,
+    flops_per_row=stage.flops / int(sizes_M.sum()), rules=build.rules(run.config), read=fitted.read,
+    provenance={'scorer': fitted.digest})
+
+
+def _select(run: build.Run, scores: row_values.RowValues) -> dict[str, str]:
+  """Writes selection.npz, and random.npz of as many sequences; {name: path}."""
+  section, by_domain = run.config.pds, scores.by_domain()
+  provenance = {'store': run.store.digest, 'seed': run.config.seed, 'git': workdir.git_version()}
+  chosen = selections.gumbel_top_k(by_domain, ratio=section.ratio, temperature=section.temperature,
+                                   seed=build.seed_for(run.config, 'selected'), quotas=section.quotas.to_dict())
+  part = sum(map(len, chosen.values())) / sum(map(len, by_domain.values()))
+  level = {name: np.zeros(len(x), np.float32) for name, x in by_domain.items()}
+  at_random = selections.gumbel_top_k(level, ratio=part, temperature=1.0, seed=build.seed_for(run.config, 'random'))
+  paths = {name: str(run.directory / f'{file}.npz') for name, file in (('selected', 'selection'), ('random', 'random'))}
+  selections.write(paths['selected'], Selection(chosen, provenance | {
+    'method': 'pds', 'ratio': section.ratio, 'temperature': section.temperature, 'quotas': section.quotas.to_dict(),
+    'scores': scores.digest}))
+  selections.write(paths['random'], Selection(at_random, provenance | {'method': 'random', 'ratio': part}))
+  return paths
+
+
+def _target_loss(run: build.Run, stage: build.Stage, target: Target) -> Callable[[Any], dict]:
+  """params -> {'target_nll': J}"""
+  losses, rules = objectives.per_example(stage.model.token_nll), build.rules(run.config)
+
+  def whole(params, batch):
+    with sharding.use(run.mesh, rules):
+      return losses(params, batch).sum()
+
+  total = jax.jit(whole, out_shardings=sharding.replicated(run.mesh))
+  batches = [gammas.put(run.mesh, rules, {k: x[first:first + stage.batch_size] for k, x in target.batch.items()})
+             for first in range(0, len(target), stage.batch_size)]
+  return lambda params: {'target_nll': sum(float(jax.device_get(total(params, b))) for b in batches) / len(target)}
+
+
+def _outcome(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store, target: Target,
+             scored: dict[str, np.ndarray], held_out: dict, scores: row_values.RowValues) -> dict:
+  """summary.json, but for the cost."""
+  section, by_domain = config.pds, scores.by_domain()
+  kept = {name: selections.load(directory / f'{file}.npz').records
+          for name, file in (('selected', 'selection'), ('random', 'random'))}
+  gamma_N = scored['gamma_N']
+  of_domain = {name: gamma_N[scored['domain_N'] == m] for m, name in enumerate(store.domains)}
+  every = np.concatenate([np.asarray(x) for x in by_domain.values()])
+  without = selections.gumbel_top_k(by_domain, ratio=section.ratio, temperature=0.0, seed=0,
+                                    quotas=section.quotas.to_dict())
+  n_kept = sum(map(len, kept['selected'].values()))
+  few = np.random.Generator(np.random.Philox(0)).choice(len(held_out['true']), min(1000, len(held_out['true'])), False)
+  summary = {
+    'target': {'name': section.target, 'examples': len(target), 'cut': target.cut, 'left_out': target.left_out},
+    'kept': {name: {'of': len(x), **{which: len(records[name]) for which, records in kept.items()}}
+             for name, x in by_domain.items()},
+    'scores': {name: _quantiles(x) for name, x in by_domain.items() if len(x)},
+    'gammas': {name: _quantiles(x) for name, x in of_domain.items() if len(x)},
+    'noise': {'temperature': section.temperature, 'noise_std': section.temperature * np.pi / 6**0.5,
+              'score_std': float(every.std()),
+              'same_without': sum(len(np.intersect1d(x, without[name])) for name, x in kept['selected'].items())
+                              / n_kept},
+    'scorer': {'spearman': held_out['spearman'], 'proxies': len(gamma_N), 'held_out': len(held_out['true']),
+               'points': {key: np.asarray(held_out[key])[few].tolist() for key in ('true', 'predicted')}},
+    'extremes': _extremes(store, by_domain), 'warnings': []}
+  if section.train_main:
+    lines = {name: metrics.read(directory, f'main-{name}', 'eval') for name in _MAINS}
+    summary['comparison'] = evaluate.compare(lines['selected'], lines['all'])
+    goal = lines['all'][-1]['target_nll']
+    reached = [line['step'] for line in lines['selected'] if line['target_nll'] <= goal]
+    summary['target']['loss'] = {name: each[-1]['target_nll'] for name, each in lines.items()}
+    summary['steps_to_target'] = min(reached) if reached else None
+  summary['warnings'] = _warnings(section, summary)
+  return summary
+
+
+def _warnings(section: ml_collections.ConfigDict, summary: dict) -> list[str]:
+  found, noise = [], summary['noise']
+  if summary['scorer']['spearman'] < 0.2:
+    found.append(f'the scorer hardly predicts the computed scores (Spearman {summary["scorer"]["spearman"]:.2f}): the '
+                 'selection is near random; want more proxies, more epochs or a better starting point')
+  if section.scorer.loss == 'rank':
+    found.append('scores fitted by rank have an order but no scale: pds.temperature is in no unit that can be compared')
+  if noise['noise_std'] > noise['score_std']:
+    found.append(f'the noise (standard deviation {noise["noise_std"]:.2g}) is larger than the differences between '
+                 f'scores ({noise["score_std"]:.2g}): lower pds.temperature')
+  if summary['target']['cut'] > 0.1 * summary['target']['examples']:
+    found.append(f'{summary["target"]["cut"]} of {summary["target"]["examples"]} target examples are longer than a '
+                 'sequence: their ends count for nothing')
+  empty = [name for name, counts in summary['kept'].items() if counts['of'] and not counts['selected']]
+  if empty:
+    found.append(f'nothing of {", ".join(empty)} was kept: pds.quotas keeps a part of a domain')
+  return found
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+  return {str(q): float(x) for q, x in zip(_QUANTILES, np.percentile(values, _QUANTILES))}
+
+
+def _extremes(store: Store, by_domain: dict[str, np.ndarray]) -> dict[str, list[dict]]:
+  """The sequences of highest and lowest scores, with the beginnings of their text."""
+  tokenizer = tokenizers.load(store.path)
+
+  def shown(sign: int) -> list[dict]:
+    ends = []
+    for m, values in enumerate(by_domain.values()):
+      records = np.argsort(-sign * np.asarray(values), kind='stable')[:_SHOWN]
+      ends += [(float(values[n]), m, int(n)) for n in records]
+    ends = sorted(ends, key=lambda end: (-sign * end[0], *end[1:]))[:_SHOWN]
+    batch = store.read('train', np.array([m for _, m, _ in ends]), np.array([n for *_, n in ends]))
+    names = store.names(batch['domain_B'], batch['example_B'])
+    text = lambda row: tokenizer.decode(batch['tokens_BxL'][row][batch['segment_BxL'][row] > 0])
+    return [{'name': name, 'score': ends[i][0], 'text': text(i)[:_SHOWN_CHARS]} for i, name in enumerate(names)]
+
+  return {'highest': shown(1), 'lowest': shown(-1)}

@@ -3,7 +3,6 @@
 import concurrent.futures
 import logging
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
@@ -125,9 +124,10 @@ def test_text_that_can_not_be_packed_is_named_and_once_repaired_is_packed(root, 
 
 def test_a_job_that_fails_says_why_and_keeps_what_is_finished(root, tmp_path):
   """Files that no shard of pydocs fits in, as on a disk that is nearly full."""
-  limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000))
-  done = subprocess.run(_command(root, tmp_path / 'store'), capture_output=True, text=True, check=False,
-                        preexec_fn=limit)
+  limited = ('import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (250_000, 250_000)); '
+             'os.execv(sys.argv[1], sys.argv[1:])')
+  command = [sys.executable, '-c', limited, *map(str, _command(root, tmp_path / 'store'))]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
   assert done.returncode == 1
   (said,) = [line for line in done.stderr.splitlines() if line.startswith('datasel.data.beam: the Beam job failed: ')]
   assert said.endswith('start again: finished files are kept')

@@ -151,7 +151,7 @@ def test_unknown_names_are_refused():
 
 
 def test_scores_do_not_depend_on_the_mesh():
-  scorer, rows = Scorer(MODEL), batch()
+  scorer, rows = Scorer(dataclasses.replace(MODEL, n_kv_heads=2)), batch()
   params = jax.jit(scorer.init)(jax.random.key(6))
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2)
 

@@ -2,7 +2,7 @@ r"""PDS end to end on a laptop: of ten domains of real text, what helps to solve
 
 Expects:   nothing: it fetches its text.
 Command:   python -m datasel.main --config=configs/pds/demo.py --workdir=runs/pds-demo
-Hardware:  2 CPU cores, 4 GB of memory.
+Hardware:  made for 2 CPU cores.  Not yet run at this size.
 Outcome:   a selection of 40% of the sequences, and whether a model trained on it beats one trained on all or at random.
 """
 

@@ -132,7 +132,7 @@ def test_finite_differences_agree(x64):
 
 
 def test_normalised_scores_are_cosines(x64):
-  """Of one step by hand; and they do not grow with an example's loss."""
+  """Of one step, by hand."""
   params, train, proxies, dev = problem(T=1)
   first = jax.tree.map(lambda x: x[0], train)
   moved = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(lambda p: per_example_loss(p, first).mean())(params))

@@ -103,7 +103,6 @@ class Problem:
     return Costate(self.pin(before), to_moments), direction, J
 
 
-
 def _states(problem: Problem, T: int, state: tuple, steps_K: jax.Array, train_K: tuple) -> tuple[tuple, tuple]:
   """K steps of training from `state`: (the state after them, the K states before each)."""
 
@@ -130,7 +129,7 @@ def final_costate(problem: Problem, state: tuple, dev: list[Tree]) -> tuple[Cost
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def backward(problem: Problem, T: int, start: tuple, costate: Costate, steps_K: jax.Array, train_K: tuple,
-              dev: list[Tree]) -> tuple[Costate, tuple, dict]:
+             dev: list[Tree]) -> tuple[Costate, tuple, dict]:
   """One segment back: (the co-state of its first step, (t, theta_t, direction) of its scored steps, its trace)."""
   _, states_K = _states(problem, T, start, steps_K, train_K)
   directions = problem.pin(optax.tree.zeros_like(start[0]))

@@ -57,7 +57,8 @@ def check_stages(stages: list[build.Stage], config: ml_collections.ConfigDict, m
     if stage.init_from:
       check_starting_point(stage, store)
     checkpoint = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
-    kept_bytes += config.train.keep_checkpoints * checkpoint
+    kept_for_good = stage.steps // stage.keep_every if stage.keep_every else 0
+    kept_bytes += (config.train.keep_checkpoints + kept_for_good) * checkpoint
     largest = max(largest, checkpoint)  # one more than are kept: the new one is whole before an old one goes
   unfinished = [directory / stage.name for stage in stages if not build.is_finished(directory / stage.name)]
   there = sum(p.stat().st_blocks * 512 for folder in unfinished for p in folder.rglob('*') if p.is_file())

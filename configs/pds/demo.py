@@ -35,4 +35,7 @@ def get_config(arg: str = ''):
   config.pds.proxies = 2048
   config.pds.stride = 4
   config.pds.score_batch = 64
+  config.pds.scorer.held_out = 256
+  config.pds.scorer.batch_size = 32
+  config.pds.scorer.optimizer.peak_lr = 1e-3
   return config_lib.finish(config, arg)

@@ -45,7 +45,10 @@ def gumbel_top_k(scores: Mapping[str, np.ndarray], *, ratio: float, temperature:
   positive rounds to no record.
   """
   seed, quotas = operator.index(seed), dict(quotas or {})
-  _check_arguments(scores, ratio, temperature, seed, quotas)
+  _check_scores(scores)
+  check_options(scores, ratio=ratio, temperature=temperature, quotas=quotas)
+  if seed < 0:
+    raise ValueError(f'seed is {seed}; want 0 or more')
   rest = [name for name in sorted(scores) if name not in quotas]
   kept = _largest({name: scores[name] for name in rest}, ratio, temperature, seed)
   for name, part in quotas.items():
@@ -53,14 +56,21 @@ def gumbel_top_k(scores: Mapping[str, np.ndarray], *, ratio: float, temperature:
   return {name: kept[name] for name in sorted(scores)}
 
 
-def _check_arguments(scores: Mapping[str, np.ndarray], ratio: float, temperature: float, seed: int,
-                     quotas: dict[str, float]) -> None:
+def check_options(domains: Iterable[str], *, ratio: float, temperature: float, quotas: Mapping[str, float]) -> None:
+  """ValueError for what `gumbel_top_k` cannot select by, before there are scores."""
+  domains = list(domains)
   if not 0 < ratio <= 1:
     raise ValueError(f'ratio is {ratio}; want the part of the records to keep, above 0 and at most 1')
   if not (math.isfinite(temperature) and temperature >= 0):
     raise ValueError(f'temperature is {temperature}; want a finite number, 0 or more')
-  if seed < 0:
-    raise ValueError(f'seed is {seed}; want 0 or more')
+  for name, part in quotas.items():
+    if name not in domains:
+      raise ValueError(f'quotas name the domain {name!r}, which is not there; the domains are {", ".join(domains)}')
+    if not 0 <= part <= 1:
+      raise ValueError(f'the quota of domain {name!r} is {part}; want the part of its records to keep, from 0 to 1')
+
+
+def _check_scores(scores: Mapping[str, np.ndarray]) -> None:
   if not scores:
     raise ValueError('there are no scores to select by; want those of one domain at least')
   for name, values in scores.items():
@@ -68,11 +78,6 @@ def _check_arguments(scores: Mapping[str, np.ndarray], ratio: float, temperature
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind != 'f':
       got = f'{values.dtype} {list(values.shape)}' if isinstance(values, np.ndarray) else type(values).__name__
       raise ValueError(f'the scores of domain {name!r} are {got}; want an array of floats [n], one for each record')
-  for name, part in quotas.items():
-    if name not in scores:
-      raise ValueError(f'quotas name the domain {name!r}, which has no scores; the domains are {", ".join(scores)}')
-    if not 0 <= part <= 1:
-      raise ValueError(f'the quota of domain {name!r} is {part}; want the part of its records to keep, from 0 to 1')
 
 
 def _largest(scores: Mapping[str, np.ndarray], ratio: float, temperature: float, seed: int) -> dict[str, np.ndarray]:

@@ -142,7 +142,7 @@ def test_equal_scores_are_selected_at_random():
 @pytest.mark.parametrize(('change', 'message'), [
   ({'ratio': 0.0}, 'ratio is 0'), ({'ratio': 1.1}, 'ratio is 1.1'), ({'ratio': math.nan}, 'ratio is nan'),
   ({'temperature': -0.1}, 'temperature is -0.1'), ({'temperature': math.inf}, 'temperature is inf'),
-  ({'seed': -1}, 'seed is -1'), ({'quotas': {'wed': 0.5}}, "'wed', which has no scores; the domains are code"),
+  ({'seed': -1}, 'seed is -1'), ({'quotas': {'wed': 0.5}}, "'wed', which is not there; the domains are code"),
   ({'quotas': {'web': 2.0}}, "quota of domain 'web' is 2"), ({'ratio': 1e-4}, 'less than half a record'),
   ({'quotas': {'mail': 0.3}}, '0.3 of the 1 records of mail'), ({'scores': {}}, 'no scores'),
   ({'scores': {'web': [1.0]}}, "of domain 'web' are list"),

@@ -197,7 +197,7 @@ def test_the_fit_of_other_scores_is_refused(store, uninterrupted):
 @pytest.mark.parametrize('changed, message', [
   ({'held_out': 250}, 'held_out is 250; want at least 2, and fewer than the 250 proxies'),
   ({'epochs': 0}, 'epochs is 0; want at least 1'),
-  ({'microbatches': 3}, 'batch_size 32 is not a multiple of batch shards x microbatches = 3'),
+  ({'microbatches': 3}, 'microbatches 3 does not divide config.pds.scorer.batch_size 32'),
   ({'loss': 'hinge'}, "unknown loss 'hinge'"),
 ])
 def test_what_cannot_be_fitted_is_refused(store, tmp_path, changed, message):

@@ -3,7 +3,12 @@
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,7 @@ from datasel import autodiff, sharding
 from datasel.methods.pds import pmp
 from datasel.models.mistral import Mistral
 
+ROOT = pathlib.Path(__file__).parents[2]
 D = 3
 
 
@@ -25,10 +31,10 @@ def per_example_loss(params, batch):
   return jnp.square(hidden @ params['out'] - batch['y'])
 
 
-def problem(T=6, B=4, n=3, seed=0):
+def problem(T=6, B=4, n=3, seed=0, D=D, hidden=5):
   rng = np.random.default_rng(seed)
   batches = lambda *shape: {'x': rng.normal(size=(*shape, D)), 'y': rng.normal(size=shape)}
-  params = {'in': rng.normal(size=(D, 5)), 'b': rng.normal(size=5), 'out': rng.normal(size=5)}
+  params = {'in': rng.normal(size=(D, hidden)), 'b': rng.normal(size=hidden), 'out': rng.normal(size=hidden)}
   return jax.tree.map(jnp.asarray, params), batches(T, B), batches(n, 2), batches(2, 3)
 
 
@@ -228,6 +234,18 @@ def test_a_mesh_changes_nothing(shape):
   with sharding.use(mesh):
     got = pmp.solve(language_model_loss, params, *jax.device_put(batches, rows), learning_rate=0.1, score_stride=2)
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+def test_eight_devices_find_what_autodiff_finds():
+  """In a process of its own, which has eight."""
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
+                              'JAX_ENABLE_X64': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests" / "methods"}'}
+  ended = subprocess.run([sys.executable, str(ROOT / 'tests' / 'methods' / 'pmp_on_eight_devices.py')], env=environment,
+                         text=True, capture_output=True, check=False, timeout=300)
+  assert ended.returncode == 0, ended.stdout + ended.stderr
+  outcome = json.loads(ended.stdout)
+  assert outcome.pop('spread') == 8
+  assert len(outcome) == 3 and max(outcome.values()) <= 1e-9, outcome
 
 
 def test_memory_grows_as_the_root_of_the_steps():

@@ -59,7 +59,7 @@ def fit(run: build.Run, section: ml_collections.ConfigDict, scorer: Scorer, back
   Raises as `train.fit` does, and ValueError where the folder holds another fit.
   """
   domain_N, record_N, target_N = (np.asarray(x) for x in (*rows, target_N))
-  _check(section, len(target_N), run)
+  check(section, len(target_N))
   # By a permutation of our own: numpy may change its own in any release.
   seed_N = np.full(len(target_N), build.seed_for(run.config, f'{STAGE}-split'), np.uint64)
   order_N = sampler_lib.permuted(np.arange(len(target_N)), len(target_N), seed_N)
@@ -71,6 +71,20 @@ def fit(run: build.Run, section: ml_collections.ConfigDict, scorer: Scorer, back
   with Checkpoints(whole.directory / 'checkpoints', keep=2) as checkpoints:
     params = checkpoints.restore_params(whole.program.abstract_state.params, epochs[_best(epochs) - 1]['step'])
   return Fitted(params, whole.score, read, workdir.digest([identity, epochs]), held_out(whole.directory))
+
+
+def check(section: ml_collections.ConfigDict, n_proxies: int) -> None:
+  """ValueError for settings that `fit` cannot use; the mesh is seen to where the stage is."""
+  for key in ('epochs', 'patience', 'batch_size', 'microbatches'):
+    if section[key] < 1:
+      raise ValueError(f'config.pds.scorer.{key} is {section[key]}; want at least 1')
+  if section.batch_size % section.microbatches:
+    raise ValueError(f'config.pds.scorer.microbatches {section.microbatches} does not divide '
+                     f'config.pds.scorer.batch_size {section.batch_size}; choose a divisor of it')
+  if not 2 <= section.held_out < n_proxies:
+    raise ValueError(f'config.pds.scorer.held_out is {section.held_out}; want at least 2, and fewer than the '
+                     f'{n_proxies} proxies')
+  objective(lambda params, batch: batch['target_B'], section.loss)
 
 
 def held_out(directory: pathlib.Path) -> dict:
@@ -234,16 +248,3 @@ class _Fit:
 def _best(done: list[dict]) -> int:
   """Which epoch, from 1, had the highest Spearman correlation, the first of equal ones; 0 before there is one."""
   return int(np.argmax([epoch['spearman'] for epoch in done])) + 1 if done else 0
-
-
-def _check(section: ml_collections.ConfigDict, n_proxies: int, run: build.Run) -> None:
-  for key in ('epochs', 'patience', 'batch_size', 'microbatches'):
-    if section[key] < 1:
-      raise ValueError(f'config.pds.scorer.{key} is {section[key]}; want at least 1')
-  parts = sharding.batch_shards(run.mesh, build.rules(run.config)) * section.microbatches
-  if section.batch_size % parts:
-    raise ValueError(f'config.pds.scorer.batch_size {section.batch_size} is not a multiple of batch shards x '
-                     f'microbatches = {parts}; change one of them or the mesh')
-  if not 2 <= section.held_out < n_proxies:
-    raise ValueError(f'config.pds.scorer.held_out is {section.held_out}; want at least 2, and fewer than the '
-                     f'{n_proxies} proxies')

@@ -27,16 +27,14 @@ from datasel import config as config_lib
 from datasel.data import mixture as mixture_lib
 from datasel.data import selection as selections
 from datasel.data import tokenizer as tokenizers
-from datasel.data.selection import Selected, Selection
+from datasel.data.selection import Selected, gumbel_top_k
 from datasel.data.store import Store
-from datasel.methods.pds import fitting, gammas, scorer, texts
+from datasel.methods.pds import fitting, gammas, scorer, selection, texts
 from datasel.methods.pds import target as targets
 from datasel.methods.pds.report import write_report
 from datasel.methods.pds.target import Target
 
 _MAINS = ('all', 'random', 'selected')
-_SCORE = row_values.Quantity('score', 'predicted score', (),
-                             'the scorer has diverged; lower pds.scorer.optimizer.peak_lr')
 _QUANTILES = (5, 25, 50, 75, 95)
 _SHOWN, _SHOWN_CHARS = 8, 400  # sequences at either end of the scores that the report shows, and how much of them
 
@@ -45,13 +43,15 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
   """Runs or finishes the whole of it; returns summary.json's contents."""
   plan = {stage.name: stage for stage in stages(config, store)}
   target = _target(config, store)
+  source = _source(config)
+  read = _reader(config, store, source)
   with build.begin(config, directory, store, sum(stage.flops for stage in plan.values())) as r:
     proxy = build.train_stage(r, plan['proxy'], role='proxy', init_role='init-proxy', weights_M=_natural(store)).params
     scored = gammas.compute(r, plan['proxy'], target, plan['pmp'])
-    fitted = _fit_scorer(r, proxy, scored)
+    fitted = _fit_scorer(r, source, read, proxy, scored)
     del proxy
-    scores = _score_all(r, fitted, plan['scores'])
-    kept = processes.from_lead('selecting', lambda: _select(r, scores))
+    scores = selection.score(r, plan['scores'], fitted)
+    kept = processes.from_lead('selecting', lambda: selection.select(r, scores))
     for name in _MAINS if config.pds.train_main else ():
       view = store if name == 'all' else Selected(store, selections.load(kept[name]))
       # They share their initialisation and their steps: they differ by the data alone.
@@ -83,19 +83,24 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
   # Two passes of training, a Hessian-vector product of about twice a gradient, the target's gradient at each step; and
   # at each scored step the forward pass with its tangent, about twice a forward pass.
   solving = T * (4 * inner + section.target_examples) + -(-T // section.stride) * section.proxies * 2 / 3
-  passing = lambda name, flops: build.Stage(name, proxy, None, 0, section.score_batch, 1, store.length,
-                                            other_flops=flops, other_bytes=4 * int(store.sizes('train').sum()))
-  encoder = _scorer(config, None)
+  passing = lambda name, model, batch_size, microbatches, flops, size: build.Stage(
+    name, model, None, 0, batch_size, microbatches, store.length, other_flops=flops, other_bytes=size)
+  total = int(store.sizes('train').sum())
+  encoder = _scorer(config, _source(config))
   of_scorer = encoder.flops_per_token(section.scorer.length or store.length) * store.length
   fitted = section.proxies - section.scorer.held_out
+  # Every epoch's last state, the newest and one more, each with two moments.
+  of_fit = 12 * encoder.n_params * (section.scorer.epochs + config.train.keep_checkpoints)
   mains = [made(f'main-{name}', config_lib.to_model(config.model), config.train.steps, config.train.batch_size,
                 config.train.microbatches, init_from=config.train.init_from) for name in _MAINS if section.train_main]
   return [
     made('proxy', proxy, section.steps, section.train_batch_size, section.train_microbatches,
          init_from=section.init_from, keep_every=section.steps // section.checkpoints),
-    passing('pmp', section.checkpoints * solving * per_token * store.length),
-    passing('scorer', section.scorer.epochs * fitted * of_scorer),
-    passing('scores', int(store.sizes('train').sum()) * of_scorer / 3), *mains]
+    passing('pmp', proxy, section.score_batch, 1, section.checkpoints * solving * per_token * store.length,
+            3 * 4 * proxy.n_params),
+    passing('scorer', encoder.model, section.scorer.batch_size, section.scorer.microbatches,
+            section.scorer.epochs * fitted * of_scorer, of_fit),
+    passing('scores', encoder.model, section.score_batch, 1, total * of_scorer / 3, 4 * total), *mains]
 
 
 def _check(config: ml_collections.ConfigDict, store: Store) -> None:
@@ -109,11 +114,15 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
   if section.proxies % section.score_batch:
     raise ValueError(f'config.pds.proxies {section.proxies} is not a multiple of config.pds.score_batch '
                      f'{section.score_batch}')
-  if not 0 < section.ratio <= 1:
-    raise ValueError(f'config.pds.ratio is {section.ratio}; want a part of 1')
+  if section.batch_size % section.microbatches:
+    raise ValueError(f'config.pds.microbatches {section.microbatches} does not divide config.pds.batch_size '
+                     f'{section.batch_size}; choose a divisor of it')
   if section.proxies > store.sizes('train').sum():
     raise ValueError(f'config.pds.proxies is {section.proxies}, but {store.path} has {store.sizes("train").sum()} '
                      'sequences to train on')
+  fitting.check(section.scorer, section.proxies)
+  selections.check_options(store.domains, ratio=section.ratio, temperature=section.temperature,
+                           quotas=section.quotas.to_dict())
 
 
 def _natural(store: Any) -> np.ndarray:
@@ -125,46 +134,28 @@ def _target(config: ml_collections.ConfigDict, store: Store) -> Target:
   return targets.load(config.pds.target, store, tokenizers.load(store.path), most=config.pds.target_examples)
 
 
+def _source(config: ml_collections.ConfigDict) -> pretrained.Source | None:
+  """Where the scorer starts from; None: the proxy model."""
+  return pretrained.find(config.pds.scorer.source) if config.pds.scorer.source else None
+
+
 def _scorer(config: ml_collections.ConfigDict, source: pretrained.Source | None) -> scorer.Scorer:
   model = config_lib.to_model(config.pds.model) if source is None else source.model
   return scorer.Scorer(model, config.pds.scorer.pooling)
 
 
-def _fit_scorer(run: build.Run, proxy: Any, scored: dict[str, np.ndarray]) -> fitting.Fitted:
-  """From the proxy model, or from the checkpoint that the config names, with a tokenizer of its own."""
-  section, store, rules = run.config.pds.scorer, run.store, build.rules(run.config)
-  source = pretrained.find(section.source) if section.source else None
+def _reader(config: ml_collections.ConfigDict, store: Store, source: pretrained.Source | None) -> fitting.Read:
+  """What the scorer sees of a record."""
+  section = config.pds.scorer
   tokenizer = tokenizers.load(store.path) if source is None else source.tokenizer()
-  read = texts.reader(store, tokenizer, section.length or store.length, cut=section.cut)
-  backbone = (lambda: proxy) if source is None else lambda: source.params(mesh=run.mesh, rules=rules)
-  return fitting.fit(run, section, _scorer(run.config, source), backbone, (scored['domain_N'], scored['record_N']),
-                     scorer.targets(scored['gamma_N']), read)
+  return texts.reader(store, tokenizer, section.length or store.length, cut=section.cut)
 
 
-def _score_all(run: build.Run, fitted: fitting.Fitted, stage: build.Stage) -> row_values.RowValues:
-  sizes_M = run.store.sizes('train')
-  return row_values.compute(
-    run.directory / stage.name, _SCORE, fitted.score, fitted.params, run.store, run.mesh,
-    [np.arange(n) for n in sizes_M], batch_size=stage.batch_size, stage=stage.name, progress=run.progress,
-    flops_per_row=stage.flops / int(sizes_M.sum()), rules=build.rules(run.config), read=fitted.read,
-    provenance={'scorer': fitted.digest})
-
-
-def _select(run: build.Run, scores: row_values.RowValues) -> dict[str, str]:
-  """Writes selection.npz, and random.npz of as many sequences; {name: path}."""
-  section, by_domain = run.config.pds, scores.by_domain()
-  provenance = {'store': run.store.digest, 'seed': run.config.seed, 'git': workdir.git_version()}
-  chosen = selections.gumbel_top_k(by_domain, ratio=section.ratio, temperature=section.temperature,
-                                   seed=build.seed_for(run.config, 'selected'), quotas=section.quotas.to_dict())
-  part = sum(map(len, chosen.values())) / sum(map(len, by_domain.values()))
-  level = {name: np.zeros(len(x), np.float32) for name, x in by_domain.items()}
-  at_random = selections.gumbel_top_k(level, ratio=part, temperature=1.0, seed=build.seed_for(run.config, 'random'))
-  paths = {name: str(run.directory / f'{file}.npz') for name, file in (('selected', 'selection'), ('random', 'random'))}
-  selections.write(paths['selected'], Selection(chosen, provenance | {
-    'method': 'pds', 'ratio': section.ratio, 'temperature': section.temperature, 'quotas': section.quotas.to_dict(),
-    'scores': scores.digest}))
-  selections.write(paths['random'], Selection(at_random, provenance | {'method': 'random', 'ratio': part}))
-  return paths
+def _fit_scorer(run: build.Run, source: pretrained.Source | None, read: fitting.Read, proxy: Any,
+                scored: dict[str, np.ndarray]) -> fitting.Fitted:
+  backbone = (lambda: proxy) if source is None else lambda: source.params(mesh=run.mesh, rules=build.rules(run.config))
+  return fitting.fit(run, run.config.pds.scorer, _scorer(run.config, source), backbone,
+                     (scored['domain_N'], scored['record_N']), scorer.targets(scored['gamma_N']), read)
 
 
 def _target_loss(run: build.Run, stage: build.Stage, target: Target) -> Callable[[Any], dict]:
@@ -190,7 +181,7 @@ def _outcome(config: ml_collections.ConfigDict, directory: pathlib.Path, store: 
   gamma_N = scored['gamma_N']
   of_domain = {name: gamma_N[scored['domain_N'] == m] for m, name in enumerate(store.domains)}
   every = np.concatenate([np.asarray(x) for x in by_domain.values()])
-  without = selections.gumbel_top_k(by_domain, ratio=section.ratio, temperature=0.0, seed=0,
+  without = gumbel_top_k(by_domain, ratio=section.ratio, temperature=0.0, seed=0,
                                     quotas=section.quotas.to_dict())
   n_kept = sum(map(len, kept['selected'].values()))
   few = np.random.Generator(np.random.Philox(0)).choice(len(held_out['true']), min(1000, len(held_out['true'])), False)

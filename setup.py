@@ -25,6 +25,7 @@ CORE = [
   'scipy>=1.12',
   'sentencepiece>=0.2.1',
   'tensorboardX>=2.6',
+  'threadpoolctl>=3.5',
   'tokenizers>=0.21',
   'transformers>=5.0',
 ]
@@ -38,13 +39,14 @@ EXTRAS = {
   'track': ['tensorboard>=2.20', 'trackio>=0.43', 'wandb>=0.31', 'xprof>=2.24'],
   'bench': ['torch>=2.5'],  # the peer of `datasel.bench step`, `attention` and `generate`
   'demo': ['gguf>=0.17', 'unearth>=0.17'],
+  'regmix': ['lightgbm>=4.6'],
   'test': ['accelerate>=1.0', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9',
            'torch>=2.5,<2.14',  # later wheels bring several GB of CUDA libraries
            'zstandard>=0.22'],
   'dev': ['jupyterlab>=4'],
 }
-# Our tests hold everything against the real thing: transformers, lm-eval, seqio, Beam, the trackers.
-EXTRAS['test'] += [one for name in ('demo', 'eval', 'seqio', 'track') for one in EXTRAS[name]]
+# Our tests hold everything against the real thing: transformers, lm-eval, LightGBM, seqio, Beam, the trackers.
+EXTRAS['test'] += [one for name in ('demo', 'eval', 'regmix', 'seqio', 'track') for one in EXTRAS[name]]
 EXTRAS['dev'] += EXTRAS['test']
 EXTRAS['all'] = EXTRAS['dev']
 

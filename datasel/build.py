@@ -62,11 +62,13 @@ class Stage:
   init_from: str = ''  # a stage's checkpoints/ folder whose parameters to start from; empty: fresh
   keep_every: int | None = None  # checkpoints of steps that are multiples of it stay
   splits_inside: bool = False  # the objective makes the micro-batches itself: it needs the whole batch first
+  optimizer: ml_collections.ConfigDict | None = None  # a section of its own; None: config.optimizer
 
   @property
   def program_key(self) -> tuple:
     """Stages of one key are one compiled program."""
-    return (self.model, self.batch_size, self.microbatches, self.extra_columns, self.objective is None)
+    return (self.model, self.batch_size, self.microbatches, self.extra_columns, self.objective is None,
+            str(self.optimizer))
 
   @property
   def flops(self) -> float:
@@ -162,7 +164,7 @@ def compiled_bytes(memory: Any) -> int:
 def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> train.Program:
   model = stage.model
   return train.program(model.init, model.logical_axes(), objective=stage.objective, mesh=mesh, aux=stage.aux,
-                       rules=rules(config), tx=optimizer(config.optimizer, stage.steps),
+                       rules=rules(config), tx=optimizer(stage.optimizer or config.optimizer, stage.steps),
                        microbatches=1 if stage.splits_inside else stage.microbatches)
 
 
@@ -187,7 +189,8 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
   evaluate = evaluate_lib.evaluator(
     objectives.in_microbatches(model.token_nll, stage.microbatches), run.store, run.mesh, batch_size=batch_size,
     max_sequences=config.train.eval_sequences, rules=program.rules)
-  rates = np.asarray(jax.vmap(learning_rate(config.optimizer, stage.steps))(np.arange(stage.steps)))
+  rate = learning_rate(stage.optimizer or config.optimizer, stage.steps)
+  rates = np.asarray(jax.vmap(rate)(np.arange(stage.steps)))
   directory = run.directory / stage.name
   identity = {
     'stage': stage.name, 'steps': stage.steps, 'batch_size': batch_size, 'model': dataclasses.asdict(model),

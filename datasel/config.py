@@ -125,6 +125,10 @@ def pds() -> ml_collections.ConfigDict:
   section.train_batch_size = 512
   section.train_microbatches = 1
   section.init_from = ''  # as train.init_from, for the proxy
+  section.optimizer = optimizer()  # of the proxy
+  section.optimizer.peak_lr, section.optimizer.end_lr = 6e-4, 6e-5
+  section.optimizer.warmup_fraction = 0.04  # 2,000 steps
+  section.optimizer.eps = 1e-6
   section.checkpoints = 5  # M: evenly spaced over the proxy's training; scores are averaged over them
   section.horizon = 100  # T: inner steps
   section.learning_rate = 0.008  # eta of the inner steps, plain gradient descent
@@ -137,7 +141,7 @@ def pds() -> ml_collections.ConfigDict:
   section.scorer = scorer()
   section.ratio = 0.4  # r: part of the sequences that is kept
   section.temperature = 0.1  # tau: of the Gumbel noise, in units of the scorer's output
-  section.quotas = ml_collections.ConfigDict()  # {domain: part of its sequences to keep, instead of `ratio`}
+  section.quotas = ''  # 'DOMAIN=PART,...': part of these domains' sequences to keep, instead of `ratio`
   section.train_main = True  # train the main model on all data, on the selection, and on as much at random
   return section
 
@@ -176,6 +180,48 @@ def pds_paper(main_model: str, peak_lr: float) -> ml_collections.ConfigDict:
   return config
 
 
+def regmix() -> ml_collections.ConfigDict:
+  """The section of RegMix, as its repository has it; methods/regmix/run.py says what each part does."""
+  section = ml_collections.ConfigDict()
+  section.target = ''  # domains whose held-out loss to lower: 'web', 'web,code' or 'web=2,code=1'; '': all alike
+  section.combine = 'sum'  # of several targets: their mean; or 'worst', the one that is furthest above the prior's
+  section.model = model('laptop_small')  # of each proxy
+  section.proxies = 512
+  section.held_out = 0  # of them predicted from the others first, to see how well
+  section.steps = 1000
+  section.batch_size = 512
+  section.microbatches = 1
+  section.optimizer = optimizer()  # of the proxies
+  section.optimizer.peak_lr, section.optimizer.schedule, section.optimizer.warmup_fraction = 4e-4, 'constant', 0.1
+  section.optimizer.b2, section.optimizer.weight_decay = 0.95, 0.1
+  section.chunk = 0  # proxies that a device steps at the same time, and
+  section.group = 0  # proxies in memory at the same time, at most; 0: what fits
+  section.prior = 'tokens'  # 'tokens', 'examples', 'uniform', or a mixture file
+  section.design = 'paper'  # or 'stratified', 'space_filling'
+  section.temperature = 0.5  # of the prior, for the design
+  section.grid = 2e-4  # mixtures of the design are multiples of it
+  section.max_usage = 15.0  # a domain is at most so many times its prior
+  section.max_epochs = 0.0  # and no more than repeats it so often in a main model; 0: however often
+  section.rounds = 1  # swarms; those after the first where a Gaussian process expects the largest improvement
+  section.added = 0  # proxies of each later swarm
+  section.regressor = 'auto'  # or 'linear', 'loglinear', 'gp', 'lightgbm'
+  section.search = 'ascend'  # where the regressor has a gradient; 'simulate': the mean of the best draws, as the paper
+  section.draws, section.top = 1_000_000, 100  # of 'simulate'
+  section.kappa = 0.0  # standard errors that are added to a prediction: above 0, the proposal is more careful
+  section.kl = 0.0  # nats that are added for each nat of KL(proposal || prior)
+  section.baselines = 'prior,uniform,single'  # main models beside the proposal's; also mixture files
+  section.train_main = True
+  return section
+
+
+def regmix_1b_optimizer() -> ml_collections.ConfigDict:
+  """Of the 1B models, as published."""
+  section = optimizer()
+  section.peak_lr, section.end_lr, section.warmup_fraction = 4e-4, 1e-5, 0.04  # 1,000 steps
+  section.b2, section.weight_decay = 0.95, 0.1
+  return section
+
+
 def model(preset: str) -> ml_collections.ConfigDict:
   """The section of a model, every field of it open to overrides: of `models.presets`, or of a stage's folder."""
   made = pathlib.Path(preset) / 'stage.json'
@@ -203,6 +249,8 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
     config.train.microbatches = min(config.train.microbatches, 2)
     config.train.log_every, config.train.checkpoint_every = 2, 4
     config.train.eval_every, config.train.eval_sequences = 4, 16
+    if 'pretrain' in config:
+      config.pretrain.mixture = 'tokens'
     if 'doremi' in config:
       config.doremi.model = model('smoke')
       config.doremi.steps, config.doremi.batch_size = 12, 8
@@ -219,6 +267,13 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
       section.proxies, section.score_batch = 64, 16
       section.scorer.source, section.scorer.length, section.scorer.microbatches = '', 0, 1
       section.scorer.held_out, section.scorer.epochs, section.scorer.batch_size = 16, 2, 16
+    if 'regmix' in config:
+      section = config.regmix
+      section.model, section.steps, section.batch_size, section.microbatches = model('smoke'), 8, 8, 1
+      section.target, section.prior, section.baselines = 'code', 'tokens', 'prior,single'
+      section.proxies, section.held_out, section.draws = 12, 4, 2000
+      section.rounds, section.added = min(section.rounds, 2), min(section.added, 4)
+      section.max_epochs = 0.0
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
   return config.lock()
 
@@ -238,25 +293,31 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
     least |= {f'pds.{key}': 1 for key in (
       'target_examples', 'steps', 'train_batch_size', 'train_microbatches', 'checkpoints', 'horizon', 'batch_size',
       'microbatches', 'proxies', 'stride', 'score_batch')}
+  if 'regmix' in config:
+    least |= {f'regmix.{key}': 1 for key in (
+      'proxies', 'steps', 'batch_size', 'microbatches', 'rounds', 'draws', 'top')}
+    least |= {f'regmix.{key}': 0 for key in ('held_out', 'chunk', 'group', 'added', 'max_epochs', 'kappa', 'kl')}
   for path, smallest in least.items():
     if flat[path] < smallest:
       raise ValueError(f'config.{path} is {flat[path]}; want at least {smallest}')
   if needs_data and not config.data.store and not config.data.demo:
     raise ValueError('the run has no data: want --config.data.store=DIR, made by `python -m datasel.prepare`, or '
                      '--config.data.demo=lean')
-  for name in ('train', 'doremi'):
+  for name in ('train', 'doremi', 'regmix'):
     if name in config and config[name].batch_size % config[name].microbatches:
       raise ValueError(f'config.{name}.microbatches {config[name].microbatches} does not divide '
                        f'config.{name}.batch_size {config[name].batch_size}; choose a divisor of it')
-  if not 0 <= config.optimizer.warmup_fraction <= 1:
-    raise ValueError(f'config.optimizer.warmup_fraction is {config.optimizer.warmup_fraction}; want a part of 1')
-  for path in ('optimizer.clip', 'optimizer.weight_decay', 'optimizer.eps', 'train.eval_every', 'train.eval_sequences',
-               'profile_steps'):
-    if flat[path] < 0:
-      raise ValueError(f'config.{path} is {flat[path]}; want 0 or more')
-  for path in ('optimizer.b1', 'optimizer.b2'):
-    if not 0 <= flat[path] < 1:
-      raise ValueError(f'config.{path} is {flat[path]}; want at least 0 and below 1')
+  for optimizer in [path.removesuffix('.name') for path in flat if path.endswith('optimizer.name')]:
+    of = lambda key, optimizer=optimizer: (f'config.{optimizer}.{key}', flat[f'{optimizer}.{key}'])
+    for path, value in map(of, ('clip', 'weight_decay', 'eps')):
+      if value < 0:
+        raise ValueError(f'{path} is {value}; want 0 or more')
+    for path, value in map(of, ('b1', 'b2')):
+      if not 0 <= value < 1:
+        raise ValueError(f'{path} is {value}; want at least 0 and below 1')
+    path, value = of('warmup_fraction')
+    if not 0 <= value <= 1:
+      raise ValueError(f'{path} is {value}; want a part of 1')
   sharding.rules_from(config.sharding.to_dict())
   if needs_data:
     try:

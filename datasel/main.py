@@ -32,7 +32,8 @@ from datasel import command_line, workdir
 # What may differ when a run is continued: how it is watched, and on which devices it is computed (the same examples in
 # the same order, sums in another one).  A store or a selection may have moved; the digest says that it is the same.
 _MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'data.selection',
-               'train.keep_checkpoints', 'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches')
+               'train.keep_checkpoints', 'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches',
+               'pds.train_microbatches', 'pds.microbatches', 'pds.score_batch', 'pds.scorer.microbatches')
 _SHARED_SECONDS = 30  # until a file of one host is seen by another on any shared disk
 _REFUSED = 2
 _INTERRUPTED = 128 + 15  # the exit status that schedulers know as SIGTERM
@@ -47,7 +48,8 @@ def methods() -> dict[str, Any]:
   from datasel.methods.doremi import run as doremi
   from datasel.methods.pds import run as pds
   from datasel.methods.pretrain import run as pretrain
-  return {'doremi': doremi, 'pds': pds, 'pretrain': pretrain}
+  from datasel.methods.regmix import run as regmix
+  return {'doremi': doremi, 'pds': pds, 'pretrain': pretrain, 'regmix': regmix}
 
 
 def main(argv: list[str]) -> int:
@@ -121,7 +123,7 @@ def launch(options: flags.FlagValues, directory: pathlib.Path, argv: list[str]) 
       if not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR may name one for many runs
         # The two main models are one program, and so is a run before and after an interruption.
         jax.config.update('jax_compilation_cache_dir', str(directory / 'compiled'))
-      processes.from_lead('reading the config of the run', lambda: _check_same_config(flat, directory))
+      processes.from_lead('reading the config of the run', lambda: _check_same_config(method, flat, directory))
       store, found = open_store(config, directory)
       table = processes.together('checking the run', lambda: _check(method, config, store, directory, options.dry_run))
     if options.dry_run:
@@ -269,12 +271,18 @@ def environment(argv: list[str]) -> dict:
   }
 
 
-def _check_same_config(config: dict, directory: pathlib.Path) -> None:
-  """A run goes on only as what it was begun."""
+def _check_same_config(method: Any, config: dict, directory: pathlib.Path) -> None:
+  """A run goes on only as what it was begun; what its method's READ_FROM says is first read by a stage that has not
+  begun may be another."""
   from datasel import config as config_lib
   recorded = directory / 'config.json'
   if recorded.exists():
-    kept = lambda c: {k: v for k, v in json.loads(json.dumps(c)).items() if not k.startswith(_MAY_CHANGE)}
+    may_change = _MAY_CHANGE
+    for stage, keys in reversed(getattr(method, 'READ_FROM', {}).items()):
+      if any(directory.glob(stage)):
+        break
+      may_change += keys
+    kept = lambda c: {k: v for k, v in json.loads(json.dumps(c)).items() if not k.startswith(may_change)}
     lines = config_lib.difference(kept(workdir.read_json(recorded)), kept(config))
     if lines:
       raise ValueError(f'{directory} holds a run with another config:\n  ' + '\n  '.join(lines)

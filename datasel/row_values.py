@@ -1,11 +1,13 @@
 """What a model says of records of a token store's training split, computed once and kept on disk.
 
-  DIRECTORY/records-DOMAIN.npy   int64, sorted record numbers of that domain
+  DIRECTORY/records-DOMAIN.npy   int64, sorted record numbers of that domain; of domains computed in part alone
   DIRECTORY/NAME.npy             float32 [rows, ...]; domain after domain in the store's order, records in order
-  DIRECTORY/manifest.json        what they were made from, and their sha256; written last
+  DIRECTORY/manifest.json        what they were made from, and sha256: of the values of each shard of the store, and of
+                                 every other file; written last
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -23,6 +25,8 @@ from datasel.data.store import Store
 
 _AGREE_EVERY = 8  # batches between two at which several processes ask each other whether to stop
 _MANIFEST, _PARTIAL = 'manifest.json', 'partial.json'
+
+Records = np.ndarray | range  # of one domain: sorted record numbers, or all of them without a list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +51,30 @@ class RowValues:
     for name, wanted in manifest['files'].items() if verify else ():
       got = workdir.digest_file(directory / name) if (directory / name).exists() else 'no file'
       if got != wanted:
-        raise ValueError(f'{directory / name} is damaged (sha256 {got[:12]}, want {wanted[:12]}); delete {directory} '
-                         'to compute it again')
+        raise ValueError(f'{directory / name} is damaged (sha256 {got[:12]}, want {wanted[:12]}); {_remedy(directory)}')
     self.directory, self.quantity = directory, quantity
-    self.digest: str = workdir.digest(manifest['files'])
+    self.digest: str = workdir.digest([manifest['files'], manifest['shards']])
     self._domains = store.domains
-    self._records = [np.load(directory / _records_file(name)) for name in store.domains]
+    self._records: list[Records] = [
+      np.load(directory / _records_file(name)) if _records_file(name) in manifest['files'] else range(int(size))
+      for name, size in zip(store.domains, store.sizes('train'))]
     self._offset_M = _offsets(self._records)
-    self._values = np.load(directory / f'{quantity.name}.npy', mmap_mode='r')
+    self._values = _mapped(directory, quantity, manifest['rows'])
+    if verify:
+      for name, digests in _shard_digests(self._values, store, self._records).items():
+        bad = [n for n, pair in enumerate(zip(digests, manifest['shards'][name], strict=True)) if len(set(pair)) > 1]
+        if bad:
+          raise ValueError(f'{directory / quantity.name}.npy is damaged: the values of shard {bad[0]} of {name} '
+                           f'({len(bad)} such shards of it); {_remedy(directory)}')
 
   def of(self, domain_B: np.ndarray, record_B: np.ndarray) -> np.ndarray:
     """float32 [B, ...]; KeyError names a record that was not computed."""
     rows_B = np.empty(len(domain_B), np.int64)
     for domain in np.unique(domain_B):
       mine_B = domain_B == domain
-      records, wanted = self._records[domain], record_B[mine_B]
-      at = np.minimum(np.searchsorted(records, wanted), max(len(records) - 1, 0))
-      if not len(records) or (records[at] != wanted).any():
+      wanted = record_B[mine_B]
+      at, there = _places(self._records[domain], wanted)
+      if not there.all():
         raise KeyError(f'{self.directory} has no {self.quantity.words} for all of {self._domains[domain]} records '
                        f'{wanted.tolist()}; delete it to compute them again')
       rows_B[mine_B] = self._offset_M[domain] + at
@@ -76,10 +87,11 @@ class RowValues:
 
 
 def compute(directory: pathlib.Path, quantity: Quantity, score: Callable[[Any, dict], jax.Array], params: Any,
-            store: Store, mesh: jax.sharding.Mesh, records: list[np.ndarray], *, batch_size: int, provenance: dict,
+            store: Store, mesh: jax.sharding.Mesh, records: list[Records], *, batch_size: int, provenance: dict,
             stage: str, progress: metrics.Progress, flops_per_row: float, rules: sharding.Rules = sharding.RULES,
             read: Callable[[np.ndarray, np.ndarray], dict] | None = None) -> RowValues:
-  """Computes what is missing of `records` (one sorted array for each domain), resuming after a kill.
+  """Computes what is missing of `records` (one sorted array for each domain, or the range of all), resuming after a
+  kill.
 
   score(params, batch) -> [B, ...], replicated over the mesh: a jitted program.  read(domain_B, record_B) gives a batch;
   default the store's own.  provenance: JSON that determines `score` and `params`; values left by others are computed
@@ -101,7 +113,7 @@ def compute(directory: pathlib.Path, quantity: Quantity, score: Callable[[Any, d
 def _fill(file: '_File', done: int, score: Callable, params: Any, read: Callable, mesh: jax.sharding.Mesh,
           rules: sharding.Rules, batch_size: int, stage: str, progress: metrics.Progress, flops_per_row: float) -> None:
   """Computes the rows from `done` on."""
-  n_rows, store, quantity = len(file.record_N), file.store, file.quantity
+  n_rows, store, quantity = file.rows, file.store, file.quantity
   rows = sampler.process_rows(sharding.batch_sharding(mesh, rules), batch_size)
   logging.info('stage %s: the %s of %s sequences', stage, quantity.words, f'{n_rows:,}')
   began = shown = time.perf_counter()
@@ -109,12 +121,12 @@ def _fill(file: '_File', done: int, score: Callable, params: Any, read: Callable
   with train.stop_requests(_AGREE_EVERY) as stop:
     for n, start in enumerate(range(done, n_rows, batch_size)):
       index_B = np.minimum(start + rows, n_rows - 1)
-      batch = read(file.domain_N[index_B], file.record_N[index_B])
+      batch = read(*file.records(index_B))
       values = jax.device_get(score(params, sharding.put(mesh, batch, rules)))
       finite_B = np.isfinite(values).reshape(len(values), -1).all(-1)
       if not finite_B.all():
         row = min(start + int(finite_B.argmin()), n_rows - 1)
-        [name] = store.names(file.domain_N[row:row + 1], file.record_N[row:row + 1])
+        [name] = store.names(*file.records(np.array([row])))
         raise FloatingPointError(
           f'{stage}: the {quantity.words} of {name} is not finite: {quantity.if_not_finite}')
       file.write(start, values)
@@ -136,21 +148,30 @@ def _fill(file: '_File', done: int, score: Callable, params: Any, read: Callable
 class _File:
   """What is on disk before the manifest is; only process 0 opens and writes it."""
 
-  def __init__(self, directory: pathlib.Path, quantity: Quantity, store: Store, records: list[np.ndarray],
+  def __init__(self, directory: pathlib.Path, quantity: Quantity, store: Store, records: list[Records],
                provenance: dict):
-    lengths = [len(r) for r in records]
-    self.domain_N = np.repeat(np.arange(len(records), dtype=np.int32), lengths)
-    self.record_N = np.concatenate(records)
+    self.rows = sum(map(len, records))
     self.quantity, self.store = quantity, store
     self._directory, self._records, self._provenance = directory, records, provenance
     self._path = directory / f'{quantity.name}.npy'
     self._identity = workdir.digest({'store': store.digest, 'from': provenance,
-                                     'records': [workdir.digest(r.tolist()) for r in records]})
+                                     'records': list(map(_identity, records))})
+    self._offset_M = _offsets(records)
     self._values: np.ndarray | None = None
+
+  def records(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(domain_B, record_B) of rows."""
+    domain_B = np.searchsorted(self._offset_M, index_B, side='right') - 1
+    record_B = index_B - self._offset_M[domain_B]
+    for domain in np.unique(domain_B):
+      if not isinstance(self._records[domain], range):
+        mine_B = domain_B == domain
+        record_B[mine_B] = self._records[domain][record_B[mine_B]]
+    return domain_B.astype(np.int32), record_B
 
   def open(self) -> tuple[int, bool]:
     """(rows already there, whether all is finished)."""
-    directory, n_rows = self._directory, len(self.record_N)
+    directory, n_rows = self._directory, self.rows
     if (directory / _MANIFEST).exists() and workdir.read_json(directory / _MANIFEST)['identity'] == self._identity:
       return n_rows, True
     directory.mkdir(parents=True, exist_ok=True)
@@ -158,8 +179,13 @@ class _File:
     if partial.exists() and self._path.exists():
       left = json.loads(partial.read_text())
       if left['identity'] == self._identity:
-        self._values = np.lib.format.open_memmap(self._path, 'r+')
-        return left['rows'], False
+        try:
+          _mapped(directory, self.quantity, n_rows)
+        except ValueError as e:
+          logging.warning('begun again: %s', e)
+        else:
+          self._values = np.lib.format.open_memmap(self._path, 'r+')
+          return left['rows'], False
     partial.unlink(missing_ok=True)
     (directory / _MANIFEST).unlink(missing_ok=True)
     self._values = np.lib.format.open_memmap(self._path, 'w+', np.float32, (n_rows, *self.quantity.shape))
@@ -180,22 +206,63 @@ class _File:
       workdir.write_json(self._directory / _PARTIAL, {'identity': self._identity, 'rows': rows})
 
   def finish(self) -> None:
-    names = self.store.domains
-    for name, r in zip(names, self._records):
-      with workdir.replacing(self._directory / _records_file(name)) as f:
+    in_part = {_records_file(name): r for name, r in zip(self.store.domains, self._records) if not isinstance(r, range)}
+    for name, r in in_part.items():
+      with workdir.replacing(self._directory / name) as f:
         np.save(f, r)
     self._values.flush()
-    written = [self._path.name, *map(_records_file, names)]
-    files = {name: workdir.digest_file(self._directory / name) for name in written}
     workdir.write_json(self._directory / _MANIFEST, {
-      'identity': self._identity, 'store': self.store.digest, 'from': self._provenance, 'rows': len(self.record_N),
-      'files': files})
+      'identity': self._identity, 'store': self.store.digest, 'from': self._provenance, 'rows': self.rows,
+      'files': {name: workdir.digest_file(self._directory / name) for name in in_part},
+      'shards': _shard_digests(self._values, self.store, self._records)})
     (self._directory / _PARTIAL).unlink(missing_ok=True)
+
+
+def _remedy(directory: pathlib.Path) -> str:
+  return f'delete {directory} to compute it again'
+
+
+def _mapped(directory: pathlib.Path, quantity: Quantity, rows: int) -> np.ndarray:
+  """The values, still on disk; ValueError where the file is missing or no array of their shape."""
+  path = directory / f'{quantity.name}.npy'
+  try:
+    values = np.load(path, mmap_mode='r')
+  except (OSError, ValueError, EOFError) as e:
+    raise ValueError(f'{path} is damaged ({e if path.exists() else "no file"}); {_remedy(directory)}') from e
+  if values.shape != (rows, *quantity.shape) or values.dtype != np.float32:
+    raise ValueError(f'{path} is damaged ({values.dtype} {list(values.shape)}, want float32 '
+                     f'{[rows, *quantity.shape]}); {_remedy(directory)}')
+  return values
+
+
+def _shard_digests(values: np.ndarray, store: Store, records: list[Records]) -> dict[str, list[str]]:
+  """{domain: sha256 of the values of the records in each of its shards}; a store seen through a selection has no shards
+  of its own: one for each domain."""
+  digests, counts = {}, store.counts('train')
+  for name, first, kept in zip(store.domains, _offsets(records), records):
+    ends = np.cumsum([shard['records'] for shard in counts[name].get('shards', [])[:-1]], dtype=np.int64)
+    inside = np.minimum(ends, len(kept)) if isinstance(kept, range) else np.searchsorted(kept, ends)
+    parts = np.split(values[first:first + len(kept)], inside)
+    digests[name] = [hashlib.sha256(np.ascontiguousarray(part, '<f4')).hexdigest() for part in parts]
+  return digests
+
+
+def _places(records: Records, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(where each of these records is among them, whether it is)."""
+  if isinstance(records, range):
+    return wanted, (0 <= wanted) & (wanted < len(records))
+  at = np.minimum(np.searchsorted(records, wanted), max(len(records) - 1, 0))
+  return at, records[at] == wanted if len(records) else np.zeros(len(wanted), bool)
+
+
+def _identity(records: Records) -> str:
+  return f'{len(records)} from 0' if isinstance(records, range) else hashlib.sha256(
+    np.ascontiguousarray(records, '<i8')).hexdigest()
 
 
 def _records_file(domain: str) -> str:
   return f'records-{domain}.npy'
 
 
-def _offsets(records: list[np.ndarray]) -> np.ndarray:
+def _offsets(records: list[Records]) -> np.ndarray:
   return np.concatenate([[0], np.cumsum([len(r) for r in records])[:-1]]).astype(np.int64)

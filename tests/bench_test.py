@@ -14,7 +14,7 @@ from torch.utils import flop_counter
 
 from datasel.attention.shapes import CASES
 from datasel.bench import __main__ as bench
-from datasel.bench import attention, data, generate, pds, step
+from datasel.bench import attention, data, generate, pds, regmix, step
 from datasel.data import mixture, sampler
 
 SMALL = dict(length=64, batch_size=4, batches=3, repeats=2, domains=10, max_bytes_per_domain=20_000)
@@ -175,3 +175,15 @@ def test_other_scores_or_sizes_that_do_not_divide_are_refused():
       pds.run(**sizes)
   with pytest.raises(ValueError, match="unknown preset 'pds'"):
     pds.run(preset='pds')
+
+
+def test_the_swarms_figures_follow_from_the_times():
+  result = regmix.run(preset='smoke', vocab_size=64, batch_size=2, length=16, proxies=4, steps=500, repeats=1)
+  text = regmix.table(result)
+  assert [*result['rows']] == [regmix._SWARM, regmix._ONE] and result['chunk'] == 1
+  for row in result['rows'].values():
+    np.testing.assert_allclose([row['proxies_per_hour'], row['of_limit']], [
+      3600 / (500 * row['seconds']), result['limit_seconds'] / row['seconds']])
+    assert f'{1e3 * row["seconds"]:10.2f}{row["proxies_per_hour"]:14,.1f}' in text
+  with pytest.raises(ValueError, match='3 proxies cannot be spread over 4 devices'):
+    regmix.run(preset='smoke', proxies=3)

@@ -6,9 +6,11 @@ import pathlib
 
 import ml_collections
 import pytest
+import small_store
 
+from datasel import build, checks, main, sharding, workdir
 from datasel import config as config_lib
-from datasel import workdir
+from datasel.data.store import Store
 from datasel.models.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,12 +33,13 @@ def load(name, arg=''):
 @pytest.mark.parametrize('arg', ['', 'smoke'])
 def test_every_config_loads_locked_and_can_be_written_down(name, arg, tmp_path):
   config = load(name, arg)
-  assert config.is_locked and config.method == name.split('/')[0]
+  assert config.is_locked and config.method in (name.split('/')[0], 'pretrain')
   with pytest.raises((KeyError, AttributeError), match='lerning_rate'):
     config.optimizer.lerning_rate = 1.0
   flat = config_lib.flatten(config)
   # What a reader has to hold in mind: a second model or optimiser has the keys of the first, a table is one thing.
-  again = ('doremi.model.', 'doremi.baseline_epochs.', 'sharding.', 'pds.model.', 'pds.scorer.optimizer.')
+  again = ('doremi.model.', 'doremi.baseline_epochs.', 'sharding.', 'pds.model.', 'pds.optimizer.',
+           'pds.scorer.optimizer.', 'regmix.model.', 'regmix.optimizer.')
   assert sum(not key.startswith(again) for key in flat) <= 90
   workdir.write_json(tmp_path / 'config.json', flat)
   assert config_lib.difference(workdir.read_json(tmp_path / 'config.json'), flat) == []
@@ -62,6 +65,32 @@ def test_a_config_can_run_once_it_has_data(name):
   config_lib.check(load(name, 'smoke'))
 
 
+@pytest.fixture(scope='module')
+def large_store(tmp_path_factory):
+  """A store that says it has as many sequences as a published run reads."""
+
+  class Large(Store):
+    def sizes(self, split):
+      return super().sizes(split) * (10_000 if split == 'train' else 1)
+
+  return Large(small_store.make(tmp_path_factory.mktemp('store')).path)
+
+
+@pytest.mark.parametrize('name', [name for name in FILES if name.startswith('pds/')])
+def test_a_config_has_stages_that_could_run_at_its_own_size(name, large_store, monkeypatch):
+  """Its smoke form has other sizes, so a run of that shows nothing of these."""
+  config = load(name)
+  config.pds.target = 'validation:json'
+  stages = main.methods()[config.method].stages(config, large_store)
+  mesh = sharding.make_mesh(data=2, fsdp=2)
+  for stage in stages:
+    checks.check_split(stage, config, mesh)
+    if stage.objective is not None:
+      build.stage_program(stage, config, mesh)
+  [proxy] = [stage for stage in stages if stage.name == 'proxy']
+  assert proxy.optimizer.peak_lr == config.pds.optimizer.peak_lr and stages[-1].optimizer is None
+
+
 # DoReMi, arXiv 2305.10429, Appendix C; its repository's Pile run; PDS, arXiv 2410.07064, Appendix.
 DOREMI = {'train.batch_size': 512, 'doremi.batch_size': 512, 'optimizer.name': 'adafactor', 'optimizer.peak_lr': 1e-3,
           'optimizer.end_lr': 1e-4, 'optimizer.schedule': 'exponential', 'optimizer.warmup_fraction': 0.06,
@@ -81,11 +110,24 @@ PDS = {'train.steps': 100_000, 'train.batch_size': 512, 'data.length': 1024, 'op
        'optimizer.schedule': 'cosine', 'optimizer.b1': 0.9, 'optimizer.b2': 0.98, 'optimizer.eps': 1e-6,
        'optimizer.weight_decay': 1e-2, 'optimizer.clip': 1.0, 'optimizer.warmup_fraction': 0.02}
 
-SOLVER = {'pds.horizon': 100, 'pds.learning_rate': 0.008, 'pds.batch_size': 256, 'pds.proxies': 163_840,
+SOLVER = {'pds.optimizer.peak_lr': 6e-4, 'pds.optimizer.end_lr': 6e-5, 'pds.optimizer.warmup_fraction': 0.04,
+          'pds.optimizer.b2': 0.98, 'pds.optimizer.eps': 1e-6, 'pds.optimizer.weight_decay': 1e-2,
+          'pds.horizon': 100, 'pds.learning_rate': 0.008, 'pds.batch_size': 256, 'pds.proxies': 163_840,
           'pds.stride': 10, 'pds.checkpoints': 5, 'pds.steps': 50_000, 'pds.ratio': 0.4, 'pds.temperature': 0.1,
           'pds.scorer.held_out': 16_384, 'pds.scorer.batch_size': 512, 'pds.scorer.epochs': 5,
           'pds.scorer.optimizer.peak_lr': 1e-4, 'pds.scorer.optimizer.weight_decay': 1e-2,
           'pds.scorer.pooling': 'mean', 'pds.scorer.loss': 'mse'}
+
+# RegMix, arXiv 2407.01492, and its repository's training scripts.
+MAIN_1B = {'train.steps': 25_000, 'train.batch_size': 512, 'data.length': 2048, 'optimizer.name': 'adamw',
+           'optimizer.schedule': 'cosine', 'optimizer.peak_lr': 4e-4, 'optimizer.end_lr': 1e-5,
+           'optimizer.warmup_fraction': 0.04, 'optimizer.b1': 0.9, 'optimizer.b2': 0.95, 'optimizer.weight_decay': 0.1,
+           'optimizer.clip': 1.0}
+SWARM = {'regmix.proxies': 512, 'regmix.steps': 1000, 'regmix.batch_size': 512, 'regmix.optimizer.peak_lr': 4e-4,
+         'regmix.optimizer.schedule': 'constant', 'regmix.optimizer.warmup_fraction': 0.1, 'regmix.optimizer.b2': 0.95,
+         'regmix.optimizer.weight_decay': 0.1, 'regmix.temperature': 0.5, 'regmix.max_usage': 15.0,
+         'regmix.grid': 2e-4, 'regmix.draws': 1_000_000, 'regmix.top': 100, 'regmix.search': 'simulate',
+         'regmix.target': 'the_pile_pile_cc', 'regmix.model.d_model': 256, 'regmix.model.n_layers': 2}
 
 
 @pytest.mark.parametrize(('name', 'preset', 'paper'), [
@@ -100,6 +142,7 @@ SOLVER = {'pds.horizon': 100, 'pds.learning_rate': 0.008, 'pds.batch_size': 256,
   ('pds/paper_470m', 'pds_470m', PDS | SOLVER | {'optimizer.peak_lr': 3e-4}),
   ('pds/paper_1b', 'pds_1b', PDS | SOLVER | {'optimizer.peak_lr': 2.5e-4}),
   ('pds/paper_1_7b', 'pds_1_7b', PDS | SOLVER | {'optimizer.peak_lr': 2e-4}),
+  ('regmix/pile_1m', 'regmix_1b', MAIN_1B | SWARM), ('regmix/pile_1b', 'regmix_1b', MAIN_1B),
 ])
 def test_numbers_are_the_papers(name, preset, paper):
   config = load(name)
@@ -120,7 +163,9 @@ def test_smoke_changes_the_size_and_not_the_method(name):
                 'doremi.microbatches', 'doremi.rounds', 'doremi.seeds', 'doremi.baseline_epochs', 'pds.model.',
                 'pds.target', 'pds.steps', 'pds.checkpoints', 'pds.train_', 'pds.microbatches', 'pds.horizon',
                 'pds.batch_size', 'pds.stride', 'pds.proxies', 'pds.score_batch', 'pds.scorer.held_out',
-                'pds.scorer.epochs', 'pds.scorer.batch_size')
+                'pds.scorer.epochs', 'pds.scorer.batch_size', 'regmix.model.', 'regmix.steps', 'regmix.batch_size',
+                'regmix.microbatches', 'regmix.target', 'regmix.baselines', 'regmix.proxies', 'regmix.held_out',
+                'regmix.draws', 'regmix.max_epochs', 'pretrain.mixture')
   assert not [line for line in config_lib.difference(full, smoke) if not line.startswith(may_change)]
   assert smoke['data.demo'] == 'offline' and smoke['train.steps'] <= 20
 
@@ -166,6 +211,16 @@ def test_what_no_run_can_use_is_refused_by_its_key(key, value, message):
   config = load('doremi/demo')
   config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=message):
+    config_lib.check(config)
+
+
+@pytest.mark.parametrize('optimizer', ['optimizer', 'pds.optimizer', 'pds.scorer.optimizer'])
+@pytest.mark.parametrize(('key', 'value', 'message'), [
+  ('warmup_fraction', 6.0, 'want a part of 1'), ('b2', 1.0, 'below 1'), ('clip', -1.0, 'want 0 or more')])
+def test_every_optimizer_is_checked(optimizer, key, value, message):
+  config = load('pds/demo')
+  config.update_from_flattened_dict({f'{optimizer}.{key}': value})
+  with pytest.raises(ValueError, match=f'config.{optimizer}.{key} is {value}; want .*{message.removeprefix("want ")}'):
     config_lib.check(config)
 
 

@@ -35,6 +35,10 @@ assert len(plt.get_fignums()) == 2 and np.allclose(solver, by_hand, rtol=1e-10, 
 assert np.allclose(automatic, by_hand, rtol=1e-10, atol=1e-12) and np.allclose(retrained, by_hand, rtol=1e-6, atol=1e-8)
 assert np.corrcoef(by_hand, twice)[0, 1] < -0.99 and lowest < min(at_random) < target(uniform) < highest
 ''',
+  'regmix_law': '''
+assert judged['gp']['spearman'] > 0.985 > 0.93 > judged['linear']['spearman'] and best_M[web] == max(best_M) > 0.5
+assert curve[-1]['mse'] < curve[0]['mse'] and abs(best_M.sum() - 1) < 1e-9 and spread.max() > 0.02
+''',
   'smollm2': '''
 assert len(before) == 10 and all(shuffled[name] > before[name] + 0.1 for name in before)  # bits per byte
 assert change[TRAINED] < -0.05 and min(change, key=change.get) == TRAINED

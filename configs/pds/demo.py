@@ -28,6 +28,7 @@ def get_config(arg: str = ''):
   config.pds.target_examples = 128
   config.pds.model = config_lib.model('laptop_small')
   config.pds.steps, config.pds.train_batch_size = 240, 16
+  config.pds.optimizer.update(config.optimizer)
   config.pds.checkpoints = 2
   config.pds.horizon = 16
   config.pds.learning_rate = 0.1

@@ -42,11 +42,11 @@ def gumbel_top_k(scores: Mapping[str, np.ndarray], *, ratio: float, temperature:
   The noise of a record depends on the seed, its domain's name and its number alone; among equal keys the first by
   (domain, record) stay.  So the result is the same to the bit on every machine.  Reads the scores two or three times
   and holds a few million keys at most.  Raises ValueError for scores that are not finite, and where a share that is
-  positive rounds to no record.
+  positive rounds to no record, or all of them do.
   """
   seed, quotas = operator.index(seed), dict(quotas or {})
   _check_scores(scores)
-  check_options(scores, ratio=ratio, temperature=temperature, quotas=quotas)
+  check_options({name: len(x) for name, x in scores.items()}, ratio=ratio, temperature=temperature, quotas=quotas)
   if seed < 0:
     raise ValueError(f'seed is {seed}; want 0 or more')
   rest = [name for name in sorted(scores) if name not in quotas]
@@ -56,18 +56,39 @@ def gumbel_top_k(scores: Mapping[str, np.ndarray], *, ratio: float, temperature:
   return {name: kept[name] for name in sorted(scores)}
 
 
-def check_options(domains: Iterable[str], *, ratio: float, temperature: float, quotas: Mapping[str, float]) -> None:
-  """ValueError for what `gumbel_top_k` cannot select by, before there are scores."""
-  domains = list(domains)
+def check_options(sizes: Mapping[str, int], *, ratio: float, temperature: float, quotas: Mapping[str, float]) -> None:
+  """ValueError for what `gumbel_top_k` cannot select by, before there are scores; sizes: records of each domain."""
   if not 0 < ratio <= 1:
     raise ValueError(f'ratio is {ratio}; want the part of the records to keep, above 0 and at most 1')
   if not (math.isfinite(temperature) and temperature >= 0):
     raise ValueError(f'temperature is {temperature}; want a finite number, 0 or more')
   for name, part in quotas.items():
-    if name not in domains:
-      raise ValueError(f'quotas name the domain {name!r}, which is not there; the domains are {", ".join(domains)}')
+    if name not in sizes:
+      raise ValueError(f'quotas name the domain {name!r}, which is not there; the domains are {", ".join(sizes)}')
     if not 0 <= part <= 1:
       raise ValueError(f'the quota of domain {name!r} is {part}; want the part of its records to keep, from 0 to 1')
+  rest = [name for name in sizes if name not in quotas]
+  kept = 0
+  for names, part in ((rest, ratio), *(([name], part) for name, part in quotas.items())):
+    n_records = sum(sizes[name] for name in names)
+    kept += round(part * n_records)
+    if part and n_records and not round(part * n_records):
+      raise ValueError(f'{part} of the {n_records} records of {", ".join(names)} is less than half a record: nothing '
+                       'would be kept; raise it')
+  if not kept:
+    raise ValueError('nothing would be kept of any domain; raise a quota, or leave one out')
+
+
+def quotas_of(text: str) -> dict[str, float]:
+  """{'code': 0.5, 'web': 0.0} of 'code=0.5,web=0'; ValueError for anything else."""
+  pairs = [each.split('=') for each in text.split(',') if text]
+  try:
+    quotas = {name.strip(): float(part) for name, part in pairs}
+    if len(quotas) < len(pairs):
+      raise ValueError('a domain is named twice')
+  except ValueError as e:
+    raise ValueError(f"quotas are {text!r} ({e}); want DOMAIN=PART,..., such as 'code=0.5,web=0'") from e
+  return quotas
 
 
 def _check_scores(scores: Mapping[str, np.ndarray]) -> None:
@@ -84,9 +105,6 @@ def _largest(scores: Mapping[str, np.ndarray], ratio: float, temperature: float,
   """The records of largest keys of some domains, in one selection; `scores` in the order that breaks ties."""
   n_records = sum(map(len, scores.values()))
   k = round(ratio * n_records)
-  if ratio and n_records and not k:
-    raise ValueError(f'{ratio} of the {n_records} records of {", ".join(scores)} is less than half a record: nothing '
-                     'would be kept; raise it')
   none = np.zeros(0, np.int64)
   if not k:
     return dict.fromkeys(scores, none)
@@ -304,6 +322,10 @@ class Selected:
                          f'{self.domains[domain]!r}')
       numbers_B[mine_B] = self._records[domain][wanted]
     return numbers_B
+
+  def records_of_whole(self, records: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{domain: train records by their numbers here} -> by those in the `whole` store."""
+    return {name: kept[records[name]] for name, kept in zip(self.domains, self._records)}
 
   @functools.cached_property
   def _tokens(self) -> list[int]:

@@ -164,7 +164,7 @@ def scatter(key: str, title: str, x: Sequence[float], y: Sequence[float], *, xla
   """A dot for each (x, y), and the line on which they would be equal."""
 
   def paint(ax: Axes) -> None:
-    ax.axline((0, 0), slope=1, color=GREY, linewidth=1, linestyle=':')
+    ax.axline((x[0], x[0]), slope=1, color=GREY, linewidth=1, linestyle=':')
     ax.scatter(x, y, s=9, color=ACCENT, alpha=0.35, linewidths=0)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
 

@@ -145,6 +145,7 @@ def test_equal_scores_are_selected_at_random():
   ({'seed': -1}, 'seed is -1'), ({'quotas': {'wed': 0.5}}, "'wed', which is not there; the domains are code"),
   ({'quotas': {'web': 2.0}}, "quota of domain 'web' is 2"), ({'ratio': 1e-4}, 'less than half a record'),
   ({'quotas': {'mail': 0.3}}, '0.3 of the 1 records of mail'), ({'scores': {}}, 'no scores'),
+  ({'quotas': dict.fromkeys(some_scores(), 0)}, 'nothing would be kept of any domain'),
   ({'scores': {'web': [1.0]}}, "of domain 'web' are list"),
   ({'scores': {'web': np.zeros((2, 2))}}, r'float64 \[2, 2\]'),
   ({'scores': {'web': np.zeros(2, int)}}, r'int64 \[2\]'), ({'scores': {'../web': np.zeros(2)}}, 'not allowed'),
@@ -154,6 +155,18 @@ def test_what_cannot_be_selected_by_is_refused(change, message):
   arguments = {'scores': some_scores(), 'ratio': 0.5, 'temperature': 0.1, 'seed': 0} | change
   with pytest.raises(ValueError, match=message):
     gumbel_top_k(arguments.pop('scores'), **arguments)
+
+
+@pytest.mark.parametrize('text, quotas', [('', {}), ('code=0.5,web=0', {'code': 0.5, 'web': 0.0}),
+                                          ('code = 1e-2 ', {'code': 0.01})])
+def test_quotas_are_read_from_a_setting(text, quotas):
+  assert selection.quotas_of(text) == quotas
+
+
+@pytest.mark.parametrize('text', ['code', 'code=half', 'code=0.5,', 'code=0.5=web', 'code=1,code=1', 'code=1;web=1'])
+def test_what_is_no_quota_is_refused(text):
+  with pytest.raises(ValueError, match=r"quotas are .* want DOMAIN=PART,..., such as 'code=0.5,web=0'"):
+    selection.quotas_of(text)
 
 
 # The file.
@@ -335,6 +348,9 @@ def test_a_selection_of_a_selection(store):
   rows = np.array([2, 0]), np.array([4, 1])
   assert_same_rows(inner.read('train', *rows), once.read('train', *rows))
   assert inner.names(*rows) == once.names(*rows) == ['pydocs/29', 'email/11']
+  numbers = lambda view: {name: np.arange(n) for name, n in zip(view.domains, view.sizes('train').tolist())}
+  for view in (inner, once):
+    assert lists(view.records_of_whole(numbers(view))) == lists(once.selection.records)
 
 
 def test_one_epoch_through_a_selection_reads_each_kept_record_once(store):

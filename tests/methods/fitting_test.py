@@ -171,6 +171,38 @@ def test_a_finished_fit_is_read_and_not_repeated(store, uninterrupted):
   assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+LOST = {'the list of epochs': ('epochs.json', None), 'the predictions': ('held_out.npz', None),
+        'half of the predictions': ('held_out.npz', lambda whole: whole[:200]),
+        'one bit of the predictions': ('held_out.npz', lambda whole: whole[:-400] + bytes([whole[-400] ^ 1])
+                                       + whole[-399:])}
+
+
+@pytest.mark.parametrize('what', LOST)
+def test_what_was_lost_of_a_finished_fit_is_made_again(store, uninterrupted, tmp_path, what):
+  """From the states of the epochs' ends, not from the newest."""
+  rows, gamma_N, folder, fitted, _ = uninterrupted
+  shutil.copytree(folder, tmp_path / 'run')
+  (file, damage), scorer = LOST[what], tmp_path / 'run/scorer'
+  whole = (scorer / file).read_bytes()
+  (scorer / file).unlink()
+  if damage:
+    (scorer / file).write_bytes(damage(whole))
+  again = fit(tmp_path / 'run', store, rows, gamma_N, held_out=60, checkpoint_every=4, backbone=not_asked)
+  assert (scorer / file).read_bytes() == whole
+  same(again.params, fitted.params)
+  assert again.digest == fitted.digest and again.held_out == fitted.held_out
+
+
+def test_predictions_that_were_edited_are_not_believed(store, uninterrupted, tmp_path):
+  rows, gamma_N, folder, fitted, _ = uninterrupted
+  shutil.copytree(folder, tmp_path / 'run')
+  path = tmp_path / 'run/scorer/held_out.npz'
+  with np.load(path) as saved:
+    kept = dict(saved)
+  np.savez(path, **kept | {'predicted': kept['predicted'] + np.float32(1e-3)})
+  assert fit(tmp_path / 'run', store, rows, gamma_N, held_out=60, backbone=not_asked).held_out == fitted.held_out
+
+
 def test_a_fit_begins_at_the_backbone(uninterrupted):
   _, _, folder, _, _ = uninterrupted
   after = saved_params(folder, 6)['backbone']
@@ -199,6 +231,8 @@ def test_the_fit_of_other_scores_is_refused(store, uninterrupted):
   ({'epochs': 0}, 'epochs is 0; want at least 1'),
   ({'microbatches': 3}, 'microbatches 3 does not divide config.pds.scorer.batch_size 32'),
   ({'loss': 'hinge'}, "unknown loss 'hinge'"),
+  ({'optimizer.name': 'adamm'}, r"config.pds.scorer.optimizer: unknown optimizer.name 'adamm'"),
+  ({'optimizer.schedule': 'cosin'}, r"config.pds.scorer.optimizer: unknown learning-rate schedule 'cosin'"),
 ])
 def test_what_cannot_be_fitted_is_refused(store, tmp_path, changed, message):
   with pytest.raises(ValueError, match=message):

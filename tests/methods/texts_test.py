@@ -123,7 +123,9 @@ def test_rows_are_packed_as_the_store_packs_them(store, scorers):
 
 
 def test_the_stores_own_tokenizer_gives_the_stores_own_batch(store):
-  read = texts.reader(store, tokenizers.load(store.path), 7)
+  with pytest.raises(ValueError, match='scorer.length is 7, but the scorer has the tokenizer of .*set it to 0'):
+    texts.reader(store, tokenizers.load(store.path), 7)
+  read = texts.reader(store, tokenizers.load(store.path), store.length)
   want = store.read('train', *every_record(store))
   assert {name: x.tolist() for name, x in read(*every_record(store)).items()} == {
     name: x.tolist() for name, x in want.items()}

@@ -12,6 +12,8 @@ import hashlib
 import json
 import logging
 import pathlib
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +72,7 @@ def fit(run: build.Run, section: ml_collections.ConfigDict, scorer: Scorer, back
   epochs = whole.train(backbone)
   with Checkpoints(whole.directory / 'checkpoints', keep=2) as checkpoints:
     params = checkpoints.restore_params(whole.program.abstract_state.params, epochs[_best(epochs) - 1]['step'])
+  whole.ensure_held_out(params, epochs)
   return Fitted(params, whole.score, read, workdir.digest([identity, epochs]), held_out(whole.directory))
 
 
@@ -85,6 +88,10 @@ def check(section: ml_collections.ConfigDict, n_proxies: int) -> None:
     raise ValueError(f'config.pds.scorer.held_out is {section.held_out}; want at least 2, and fewer than the '
                      f'{n_proxies} proxies')
   objective(lambda params, batch: batch['target_B'], section.loss)
+  try:
+    build.optimizer(section.optimizer, section.epochs * -(-(n_proxies - section.held_out) // section.batch_size))
+  except ValueError as e:
+    raise ValueError(f'config.pds.scorer.optimizer: {e}') from e
 
 
 def held_out(directory: pathlib.Path) -> dict:
@@ -165,7 +172,8 @@ class _Fit:
   def train(self, backbone: Callable[[], dict] | None) -> list[dict]:
     """Epoch after epoch, until the last or until they no longer get better; what each came to.
 
-    Each is a call of `train.fit`, which goes on from the newest checkpoint, wherever that is.
+    Each is a call of `train.fit`, which goes on from the newest checkpoint, wherever that is.  Where epochs.json was
+    lost, that is past the end of an epoch to be listed, whose own last state is then looked at again.
     """
     run, section, config = self.run, self.section, self.run.config
     sampler = sampler_lib.Sampler(
@@ -181,8 +189,7 @@ class _Fit:
       while len(epochs) < section.epochs and len(epochs) - _best(epochs) < section.patience:
         self._write_metrics(epochs)
         run.progress.skip(-counted * self.step_flops)  # `train.fit` takes off all that is behind its checkpoint
-        counted = (len(epochs) + 1) * self.epoch_steps
-        self._epoch(batches, checkpoints, backbone, counted, epochs)
+        counted = self._epoch(batches, checkpoints, backbone, (len(epochs) + 1) * self.epoch_steps, epochs)
         if processes.lead():
           workdir.write_json(path, epochs)  # from here on, the epoch is done
         logging.info('%s: epoch %d of %d: held-out Spearman %.3f, the best so far in epoch %d', STAGE, len(epochs),
@@ -195,8 +202,9 @@ class _Fit:
     return epochs
 
   def _epoch(self, batches: Any, checkpoints: Checkpoints, backbone: Callable[[], dict] | None, last_step: int,
-             epochs: list[dict]) -> None:
-    """Trains to `last_step`, scores the held-out proxies, appends what came of it to `epochs`."""
+             epochs: list[dict]) -> int:
+    """Trains to `last_step`, scores the held-out proxies, appends what came of it to `epochs`; returns the step of the
+    newest checkpoint."""
     run, config, abstract = self.run, self.run.config, self.program.abstract_state.params
     key = jax.random.key(build.seed_for(config, f'init-{STAGE}'))
     rate = jax.vmap(build.learning_rate(self.section.optimizer, self.total_steps))
@@ -206,20 +214,49 @@ class _Fit:
       placed = jax.jit(self.scorer.init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))
       return placed(key, backbone())
 
-    params = train.fit(
+    state = train.fit(
       self.program, batches, key=key, stage=STAGE, total_steps=last_step, checkpoints=checkpoints, writer=run.writer,
       log_every=config.train.log_every, checkpoint_every=config.train.checkpoint_every,
       tokens_per_step=self.step_tokens, flops_per_step=self.step_flops, peak_flops=run.peak_flops,
       progress=run.progress, name_examples=run.example_names, initial_params=starting_params if backbone else None,
       describe=lambda step, values: values | {'learning_rate': rates[step - 1]},
-      profile_steps=0 if epochs else config.profile_steps, profile_directory=run.directory / 'profile').params
-    true_N, predicted_N = self.held.target_N, self._predict(params)
-    epochs.append({'step': last_step, 'spearman': spearman(true_N, predicted_N),
-                   'mse': float(np.mean(np.square(predicted_N - true_N, dtype=np.float64))),
-                   'predicted_std': float(np.std(predicted_N, dtype=np.float64))})
+      profile_steps=0 if epochs else config.profile_steps, profile_directory=run.directory / 'profile')
+    newest = int(state.step)
+    params = state.params if newest == last_step else checkpoints.restore_params(abstract, last_step)
+    predicted_N = self._predict(params)
+    epochs.append({'step': last_step} | self._judged(predicted_N))
     if _best(epochs) == len(epochs) and processes.lead():
-      with workdir.replacing(self.directory / _HELD_OUT) as f:
-        np.savez(f, domain=self.held.domain_N, record=self.held.record_N, true=true_N, predicted=predicted_N)
+      self._keep(predicted_N)
+    return newest
+
+  def ensure_held_out(self, params: dict, epochs: list[dict]) -> None:
+    """Makes the best epoch's predictions again where they were lost; params: of that epoch."""
+    best = epochs[_best(epochs) - 1]
+    if not processes.from_lead('reading the held-out predictions', lambda: self._holds(best)):
+      logging.warning('%s is missing, damaged or of another fit; predicting again', self.directory / _HELD_OUT)
+      predicted_N = self._predict(params)
+      processes.from_lead('keeping the held-out predictions', lambda: self._keep(predicted_N))
+
+  def _holds(self, epoch: dict) -> bool:
+    """Whether the kept predictions are whole, and come to what is listed of this epoch."""
+    try:
+      with open(self.directory / _HELD_OUT, 'rb') as f, np.load(f, allow_pickle=False) as saved:
+        kept = dict(saved)
+      wanted = (self.held.domain_N, self.held.record_N, self.held.target_N)
+      return (all(np.array_equal(kept[name], x) for name, x in zip(('domain', 'record', 'true'), wanted))
+              and {'step': epoch['step']} | self._judged(kept['predicted']) == epoch)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+      return False
+
+  def _judged(self, predicted_N: np.ndarray) -> dict[str, float]:
+    true_N = self.held.target_N
+    return {'spearman': spearman(true_N, predicted_N),
+            'mse': float(np.mean(np.square(predicted_N - true_N, dtype=np.float64))),
+            'predicted_std': float(np.std(predicted_N, dtype=np.float64))}
+
+  def _keep(self, predicted_N: np.ndarray) -> None:
+    with workdir.replacing(self.directory / _HELD_OUT) as f:
+      np.savez(f, domain=self.held.domain_N, record=self.held.record_N, true=self.held.target_N, predicted=predicted_N)
 
   def _predict(self, params: dict) -> np.ndarray:
     """float32: the scores of the held-out proxies, on every process."""

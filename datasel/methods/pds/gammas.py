@@ -1,6 +1,7 @@
 """The scores of proxy records by the solver, from several checkpoints of the proxy model.
 
-  WORKDIR/pmp/checkpoint-STEP/     the solver's progress from that checkpoint, and its trace.json
+  WORKDIR/pmp/checkpoint-STEP/     the solver's progress from that checkpoint, its trace.json, and in the end gamma.npy
+                                   with a manifest.json
   WORKDIR/pmp/gammas.npz           domain_N, record_N, gamma_N: which records, and their mean scores
   WORKDIR/pmp/manifest.json        its digest; written last
 """
@@ -53,11 +54,15 @@ def compute(run: build.Run, proxy: build.Stage, target: Target, stage: build.Sta
     processes.from_lead('writing the scores', lambda: _write(folder, domain_N, record_N, total_N / len(steps), steps))
   else:
     run.progress.skip(stage.flops)
-  path = folder / 'gammas.npz'
-  if workdir.digest_file(path) != workdir.read_json(folder / 'manifest.json')['sha256']:
-    raise ValueError(f'{path} is damaged; delete {folder} to compute it again')
-  with np.load(path, allow_pickle=False) as kept:
+  with np.load(_proven(folder / 'gammas.npz'), allow_pickle=False) as kept:
     return {name: kept[name] for name in ('domain_N', 'record_N', 'gamma_N')}
+
+
+def _proven(path: pathlib.Path) -> pathlib.Path:
+  """A file that the manifest beside it lists; ValueError where it is missing or another."""
+  if not path.exists() or workdir.digest_file(path) != workdir.read_json(path.parent / 'manifest.json')['sha256']:
+    raise ValueError(f'{path} is {"damaged" if path.exists() else "missing"}; delete {path.parent} to compute it again')
+  return path
 
 
 def checkpoint_steps(section: Any) -> list[int]:
@@ -80,16 +85,16 @@ def _from_checkpoint(run: build.Run, losses: pmp.PerExampleLoss, proxy: build.St
   config, section, store, mesh, rules = run.config, run.config.pds, run.store, run.mesh, build.rules(run.config)
   folder = run.directory / stage.name / f'checkpoint-{step}'
   share = stage.flops / section.checkpoints
-  if (folder / 'gamma.npy').exists():
+  if (folder / 'manifest.json').exists():
     run.progress.skip(share)
-    return np.load(folder / 'gamma.npy', allow_pickle=False)
+    return np.load(_proven(folder / 'gamma.npy'), allow_pickle=False)
   logging.info('stage %s: %d steps from step %d of the proxy, scoring %s sequences', stage.name, section.horizon, step,
                f'{section.proxies:,}')
   abstract = build.stage_program(proxy, config, mesh).abstract_state.params
   with Checkpoints(run.directory / proxy.name / 'checkpoints', keep=2) as checkpoints:
     params = checkpoints.restore_params(abstract, step)
 
-  weights_M = mixture_lib.by_tokens(store).for_domains(store.domains)
+  weights_M = mixture_lib.by_examples(store).for_domains(store.domains)  # as the proxy was trained
   plan = sampler_lib.Sampler(store, 'train', weights_M, section.batch_size, block=config.data.block,
                              seed=build.seed_for(config, f'pmp-{step}')).plan(0, section.horizon * section.batch_size)
   place = functools.partial(put, mesh, rules)
@@ -111,14 +116,20 @@ def _from_checkpoint(run: build.Run, losses: pmp.PerExampleLoss, proxy: build.St
                  metrics.clock(run.progress.seconds_left))
 
   proxies = _Proxies(store, domain_N, record_N, section.score_batch, place)
-  with sharding.use(mesh, rules):
-    gamma_N = pmp.solve(
-      losses, params, train, proxies, dev, learning_rate=section.learning_rate, score_stride=section.stride,
-      normalize=section.normalize, microbatches=section.microbatches, directory=folder / 'progress', report=report)
+  try:
+    with sharding.use(mesh, rules):
+      gamma_N = pmp.solve(
+        losses, params, train, proxies, dev, learning_rate=section.learning_rate, score_stride=section.stride,
+        normalize=section.normalize, microbatches=section.microbatches, directory=folder / 'progress', report=report)
+  except FloatingPointError as e:
+    raise FloatingPointError(
+      f'stage {stage.name}, from step {step} of the proxy: {e}; delete {folder.parent} and lower '
+      f'config.pds.learning_rate, which is {section.learning_rate}') from e
 
   def keep() -> None:
     with workdir.replacing(folder / 'gamma.npy') as f:
       np.save(f, gamma_N)
+    workdir.write_json(folder / 'manifest.json', {'sha256': workdir.digest_file(folder / 'gamma.npy')})
     shutil.rmtree(folder / 'progress')
 
   processes.from_lead('keeping the scores', keep)

@@ -9,7 +9,8 @@
   WORKDIR/main-all/ main-random/ main-selected/    the main model on all data and on either
   WORKDIR/summary.json report.html the outcome
 
-A stage whose artefact is there is not done again; one that was interrupted goes on where it was.
+A stage whose artefact is there is not done again; one that was interrupted goes on where it was.  The selections are
+drawn again from the scores, to the same bits.
 """
 
 import dataclasses
@@ -34,9 +35,19 @@ from datasel.methods.pds import target as targets
 from datasel.methods.pds.report import write_report
 from datasel.methods.pds.target import Target
 
+# Settings that no earlier stage reads: a run may be continued with others while its workdir has no folder of that stage
+# or of one after it.
+READ_FROM = {
+  'pmp': ('pds.target', 'pds.horizon', 'pds.learning_rate', 'pds.batch_size', 'pds.proxies', 'pds.stride',
+          'pds.normalize'),
+  'scorer': ('pds.scorer.',),
+  'main-all': ('model.', 'optimizer.', 'train.steps', 'train.batch_size', 'train.init_from', 'pds.train_main'),
+  'main-[rs]*': ('pds.ratio', 'pds.temperature', 'pds.quotas'),
+}
 _MAINS = ('all', 'random', 'selected')
 _QUANTILES = (5, 25, 50, 75, 95)
 _SHOWN, _SHOWN_CHARS = 8, 400  # sequences at either end of the scores that the report shows, and how much of them
+_CHUNK = 1 << 20  # scores looked at together
 
 
 def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store) -> dict:
@@ -53,7 +64,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
     scores = selection.score(r, plan['scores'], fitted)
     kept = processes.from_lead('selecting', lambda: selection.select(r, scores))
     for name in _MAINS if config.pds.train_main else ():
-      view = store if name == 'all' else Selected(store, selections.load(kept[name]))
+      view = store if name == 'all' else Selected(store.whole, selections.load(kept[name]))
       # They share their initialisation and their steps: they differ by the data alone.
       build.train_stage(dataclasses.replace(r, store=view), plan[f'main-{name}'], role='main', init_role='init-main',
                         weights_M=_natural(view), also_evaluate=_target_loss(r, plan[f'main-{name}'], target))
@@ -95,7 +106,7 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
                 config.train.microbatches, init_from=config.train.init_from) for name in _MAINS if section.train_main]
   return [
     made('proxy', proxy, section.steps, section.train_batch_size, section.train_microbatches,
-         init_from=section.init_from, keep_every=section.steps // section.checkpoints),
+         init_from=section.init_from, keep_every=section.steps // section.checkpoints, optimizer=section.optimizer),
     passing('pmp', proxy, section.score_batch, 1, section.checkpoints * solving * per_token * store.length,
             3 * 4 * proxy.n_params),
     passing('scorer', encoder.model, section.scorer.batch_size, section.scorer.microbatches,
@@ -121,8 +132,8 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
     raise ValueError(f'config.pds.proxies is {section.proxies}, but {store.path} has {store.sizes("train").sum()} '
                      'sequences to train on')
   fitting.check(section.scorer, section.proxies)
-  selections.check_options(store.domains, ratio=section.ratio, temperature=section.temperature,
-                           quotas=section.quotas.to_dict())
+  selections.check_options(dict(zip(store.domains, store.sizes('train').tolist())), ratio=section.ratio,
+                           temperature=section.temperature, quotas=selections.quotas_of(section.quotas))
 
 
 def _natural(store: Any) -> np.ndarray:
@@ -180,9 +191,10 @@ def _outcome(config: ml_collections.ConfigDict, directory: pathlib.Path, store: 
           for name, file in (('selected', 'selection'), ('random', 'random'))}
   gamma_N = scored['gamma_N']
   of_domain = {name: gamma_N[scored['domain_N'] == m] for m, name in enumerate(store.domains)}
-  every = np.concatenate([np.asarray(x) for x in by_domain.values()])
   without = gumbel_top_k(by_domain, ratio=section.ratio, temperature=0.0, seed=0,
-                                    quotas=section.quotas.to_dict())
+                         quotas=selections.quotas_of(section.quotas))
+  if isinstance(store, Selected):
+    without = store.records_of_whole(without)
   n_kept = sum(map(len, kept['selected'].values()))
   few = np.random.Generator(np.random.Philox(0)).choice(len(held_out['true']), min(1000, len(held_out['true'])), False)
   summary = {
@@ -192,7 +204,7 @@ def _outcome(config: ml_collections.ConfigDict, directory: pathlib.Path, store: 
     'scores': {name: _quantiles(x) for name, x in by_domain.items() if len(x)},
     'gammas': {name: _quantiles(x) for name, x in of_domain.items() if len(x)},
     'noise': {'temperature': section.temperature, 'noise_std': section.temperature * np.pi / 6**0.5,
-              'score_std': float(every.std()),
+              'score_std': _std(by_domain),
               'same_without': sum(len(np.intersect1d(x, without[name])) for name, x in kept['selected'].items())
                               / n_kept},
     'scorer': {'spearman': held_out['spearman'], 'proxies': len(gamma_N), 'held_out': len(held_out['true']),
@@ -232,6 +244,24 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
   return {str(q): float(x) for q, x in zip(_QUANTILES, np.percentile(values, _QUANTILES))}
 
 
+def _std(by_domain: dict[str, np.ndarray]) -> float:
+  """The standard deviation of all of them, a chunk in memory at a time."""
+  chunks = [x[first:first + _CHUNK] for x in by_domain.values() for first in range(0, len(x), _CHUNK)]
+  n = sum(map(len, chunks))
+  mean = sum(float(x.sum(dtype=np.float64)) for x in chunks) / n
+  return (sum(float(np.square(x.astype(np.float64) - mean).sum()) for x in chunks) / n)**0.5
+
+
+def _largest(values: np.ndarray, k: int) -> np.ndarray:
+  """Where the k largest are, the first of equal ones; without sorting them."""
+  k = min(k, len(values))
+  if not k:
+    return np.zeros(0, np.int64)
+  threshold = np.partition(values, len(values) - k)[len(values) - k]
+  above = np.flatnonzero(values > threshold)
+  return np.append(above, np.flatnonzero(values == threshold)[:k - len(above)])
+
+
 def _extremes(store: Store, by_domain: dict[str, np.ndarray]) -> dict[str, list[dict]]:
   """The sequences of highest and lowest scores, with the beginnings of their text."""
   tokenizer = tokenizers.load(store.path)
@@ -239,8 +269,7 @@ def _extremes(store: Store, by_domain: dict[str, np.ndarray]) -> dict[str, list[
   def shown(sign: int) -> list[dict]:
     ends = []
     for m, values in enumerate(by_domain.values()):
-      records = np.argsort(-sign * np.asarray(values), kind='stable')[:_SHOWN]
-      ends += [(float(values[n]), m, int(n)) for n in records]
+      ends += [(float(values[n]), m, int(n)) for n in _largest(sign * values, _SHOWN)]
     ends = sorted(ends, key=lambda end: (-sign * end[0], *end[1:]))[:_SHOWN]
     batch = store.read('train', np.array([m for _, m, _ in ends]), np.array([n for *_, n in ends]))
     names = store.names(batch['domain_B'], batch['example_B'])

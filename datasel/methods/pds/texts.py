@@ -21,8 +21,11 @@ _REPLACEMENT = '\N{REPLACEMENT CHARACTER}'
 def reader(store: Store, tokenizer: Tokenizer, length: int, *, cut: bool = False, split: str = 'train',
            ) -> Callable[[np.ndarray, np.ndarray], Batch]:
   """(domain_B, record_B) -> the batch of these records in `tokenizer`'s ids: the store's own, where it is the store's
-  tokenizer, else those of a `Retokenized` that was checked."""
+  tokenizer, whose rows are of the store's length alone, else those of a `Retokenized` that was checked."""
   if tokenizer.digest == store.tokenizer['digest']:
+    if length != store.length:
+      raise ValueError(f'config.pds.scorer.length is {length}, but the scorer has the tokenizer of {store.path}, whose '
+                       f'sequences it reads as they are, of {store.length} tokens; set it to 0')
     return lambda domain_B, record_B: store.read(split, domain_B, record_B)
   mapped = Retokenized(store, tokenizer, length, cut=cut, split=split)
   logging.info('text in the tokens of %s, on a sample: %s', tokenizer.name, mapped.check())
@@ -168,4 +171,5 @@ class _Piece:
   ends: bool
 
 
-_REMEDY = 'raise pds.scorer.length, or set pds.scorer.cut to leave out what is too long'
+_REMEDY = ('raise pds.scorer.length, or set pds.scorer.cut to leave out what is too long (in a run that has begun, '
+           'delete its folder scorer/ first)')

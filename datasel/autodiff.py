@@ -143,11 +143,16 @@ def tree_norm(a: Tree) -> jax.Array:
   return jnp.sqrt(tree_vdot(a, a))
 
 
-def _check_direction(params: Tree, direction: Tree, name: str) -> None:
+def check_floating(params: Tree) -> None:
+  """Raises ValueError naming a leaf that can't be differentiated by."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise ValueError(f'params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}; want floating arrays only: '
                        'keep counters out of what is differentiated')
+
+
+def _check_direction(params: Tree, direction: Tree, name: str) -> None:
+  check_floating(params)
   _check_like(params, direction, name, dtypes=True)
 
 

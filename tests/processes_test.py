@@ -13,12 +13,14 @@ import sys
 
 import jax
 import numpy as np
+import processes_driver
 import pytest
 import small_run
 
 from datasel import build, command_line, metrics, processes, sharding, workdir
 from datasel.checkpoint import Checkpoints
 from datasel.data.store import Store
+from datasel.methods.pds import pmp
 from datasel.methods.pretrain import run as pretrain
 
 # ml_collections loads a config file by it.
@@ -245,6 +247,19 @@ def test_doremi_on_two_processes_is_doremi_on_one(launch, made, tmp_path):
     assert max(abs(weight - 0.5) for weight in one[key].values()) > 1e-3
     np.testing.assert_allclose([*two[key].values()], [*one[key].values()], rtol=1e-5)
   assert (tmp_path / 'two' / 'report.html').exists() and workdir.read_json(tmp_path / 'two' / 'mixture.json')
+
+
+def test_pmp_scores_of_two_processes_are_those_of_one_which_goes_on_with_their_work(launch, tmp_path):
+  recorded = succeeded(launch(tmp_path / 'pmp', '--pmp', processes=2, devices=2))
+  args, options = processes_driver.control_problem(jax.devices()[:1])
+  want = pmp.solve(*args, **options)
+  for [scores] in recorded:
+    np.testing.assert_allclose(scores, want, rtol=0, atol=2e-5 * np.abs(want).max())
+  args, options = processes_driver.control_problem(jax.devices())
+  traces = []
+  got = pmp.solve(*args, **options, directory=tmp_path / 'pmp', report=traces.append)
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * np.abs(want).max())
+  assert len(traces) == 1 + 2  # of theta_T, and of the two segments out of three that were left
 
 
 @pytest.mark.parametrize(('variables', 'message'), [

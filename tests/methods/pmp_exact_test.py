@@ -59,7 +59,8 @@ def target(gamma, params, examples, dev, steps=5, rate=0.1):
 
 def test_weights_are_projected_gradient_descent_on_the_target(x64):
   params, examples, dev = problem()
-  got = exact.optimize_weights(loss, params, examples, dev, learning_rate=0.1, steps=5, epochs=3, outer_rate=0.05)
+  got = exact.optimize_weights(loss, params, examples, dev, learning_rate=(0.1 for _ in range(5)), steps=5, epochs=3,
+                               outer_rate=0.05)
   gamma = jnp.full(8, 1 / 8)
   for _ in range(3):
     gamma = exact.project_simplex(gamma - 0.05 * jax.grad(target)(gamma, params, examples, dev))
@@ -81,5 +82,7 @@ def test_bad_input_is_refused():
   params, examples, dev = problem()
   with pytest.raises(ValueError, match='steps 0, epochs 1'):
     exact.optimize_weights(loss, params, examples, dev, learning_rate=0.1, steps=0, epochs=1, outer_rate=1.0)
+  with pytest.raises(ValueError, match='outer_rate inf: want at least 1, 1, and a finite number above 0'):
+    exact.optimize_weights(loss, params, examples, dev, learning_rate=0.1, steps=1, epochs=1, outer_rate=np.inf)
   with pytest.raises(ValueError, match=r'x_N has shape \(2, 2\)'):
     exact.project_simplex(jnp.zeros((2, 2)))

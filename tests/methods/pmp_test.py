@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from datasel import autodiff, sharding
-from datasel.methods.pds import pmp
+from datasel.methods.pds import costates, pmp
 from datasel.models.mistral import Mistral
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -169,8 +169,111 @@ def test_a_killed_solve_goes_on_where_it_was(x64, segments, tmp_path):
   rest = []
   np.testing.assert_array_equal(pmp.solve(per_example_loss, *args, **options, report=rest.append), want)
   assert len(rest) == 1 + 3 - segments
-  with pytest.raises(ValueError, match='another problem'):
-    pmp.solve(per_example_loss, args[0], *problem(T=9, seed=3)[1:], **options)
+
+
+def louder(params, batch):
+  return 1.001 * per_example_loss(params, batch)
+
+
+def test_a_directory_takes_no_other_arguments(tmp_path):
+  params, train, proxies, dev = problem(T=4)
+  names = ('per_example_loss', 'params', 'train_batches', 'proxy_batches', 'dev_batches')
+  known = dict(zip(names, (per_example_loss, params, train, proxies, dev))) | {
+    'learning_rate': 0.1, 'directory': tmp_path}
+  want = pmp.solve(**known)
+  # What changes no score may differ.
+  parts = [jax.tree.map(lambda x, at=at: x[at], flat(proxies)) for at in (slice(0, 4), slice(4, 5), slice(5, 6))]
+  again = known | {'proxy_batches': parts, 'dev_batches': flat(dev), 'microbatches': 2}
+  np.testing.assert_array_equal(pmp.solve(**again), want)
+
+  nudged = lambda tree: jax.tree.map(lambda x: x * (1 + 1e-6), tree)
+  turned = lambda tree: jax.tree.map(lambda x: x[:, ::-1], tree)
+  changes = {
+    'params': nudged(params), 'train_batches': turned(train), 'dev_batches': nudged(dev), 'learning_rate': 0.1000001,
+    'proxy_batches': turned(proxies), 'per_example_loss': louder, 'weights_TxB': np.full((4, 4), 0.2500001),
+    'optimizer': lambda rate: optax.chain(optax.sgd(rate), optax.scale(1 + 1e-6)), 'normalize': True,
+    'derivatives': 'finite_difference', 'score_stride': 2}
+  for name, value in changes.items():
+    with pytest.raises(ValueError, match='another problem, which differs in') as refused:
+      pmp.solve(**known | {name: value})
+    assert {'per_example_loss': 'J(theta_T)'}.get(name, name) in str(refused.value)
+  with pytest.raises(ValueError, match='proxy_batches'):
+    pmp.solve(**known | {'proxy_batches': jax.tree.map(lambda x: x[:2], proxies)})
+  with pytest.raises(ValueError, match='use the model and optimiser it was made with'):
+    pmp.solve(**known | {'optimizer': functools.partial(optax.sgd, momentum=1e-9)})
+
+
+def test_proxies_that_change_from_pass_to_pass_are_refused():
+  params, train, proxies, dev = problem(T=4)
+
+  class Shuffled:
+    passes = 0
+
+    def __iter__(self):
+      self.passes += 1
+      yield jax.tree.map(lambda x: np.roll(x, self.passes, 0), flat(proxies))
+
+  with pytest.raises(ValueError, match='held 6 examples when last read and 6 now, or others; want the same'):
+    pmp.solve(per_example_loss, params, train, Shuffled(), dev, learning_rate=0.1)
+
+
+def test_a_segment_without_a_scored_step_reads_no_proxies():
+  params, train, proxies, dev = problem(T=9)
+  read = []
+
+  class Read:
+    def __iter__(self):
+      read.append(0)
+      yield flat(proxies)
+
+  pmp.solve(per_example_loss, params, train, Read(), dev, learning_rate=0.1, score_stride=6)
+  assert len(read) == 2  # of three: at steps 0 and 6
+
+
+@pytest.mark.parametrize(('learning_rate', 'broken', 'reports'), [(1e30, 1, 0), (0.1, np.nan, 1)])
+def test_what_is_not_finite_is_neither_reported_nor_kept(learning_rate, broken, reports, tmp_path):
+  """J(theta_T) at once; scores with their first segment."""
+  params, train, proxies, dev = problem(T=4)
+  read, traces = [], []
+
+  class Read:
+    def __iter__(self):
+      read.append(0)
+      yield jax.tree.map(lambda x: broken * x, flat(proxies))
+
+  for _ in range(2):
+    with pytest.raises(FloatingPointError, match='not finite: the training diverges'):
+      pmp.solve(per_example_loss, params, train, Read(), dev, learning_rate=learning_rate, directory=tmp_path,
+                report=traces.append)
+  assert len(read) == len(traces) == 2 * reports and not [*tmp_path.glob('steps/*')]
+
+
+def test_bfloat16_is_added_up_in_float32():
+  """By hand: l_n = w x_n, so that grad J = 1, lambda_{t+1} = T - t and the scores are T (T + 1) / 2 x_n; bfloat16 has
+  neither 465 nor 257."""
+  ones = lambda *shape: jnp.ones(shape, jnp.bfloat16)
+  args = ones(), ones(30, 2), ones(1, 3), ones(512, 1)
+  loss = lambda params, batch: params * batch
+  got = pmp.solve(loss, *args, learning_rate=1.0)
+  assert got.dtype == np.float32
+  np.testing.assert_array_equal(got, 465)
+  np.testing.assert_allclose(pmp.solve(loss, *args, learning_rate=1.0, normalize=True), 30, rtol=1e-6)
+
+
+def test_arguments_come_in_any_form():
+  args = problem(T=4)
+  want = pmp.solve(per_example_loss, *args, learning_rate=[0.1] * 4, score_stride=2)
+  got = pmp.solve(per_example_loss, *args, learning_rate=(rate for rate in [0.1] * 4), score_stride=np.int64(2),
+                  weights_TxB=[[0.25] * 4] * 4)
+  np.testing.assert_array_equal(got, want)
+
+
+def test_meshes_that_would_need_another_solver_are_refused():
+  mesh = jax.make_mesh((4,), ('d',), axis_types=(jax.sharding.AxisType.Explicit,))
+  params, *batches = jax.device_put(problem(B=4), NamedSharding(mesh, PartitionSpec()))
+  for args, name in (((params, *batches), 'params'), ((problem()[0], *batches), 'train_batches')):
+    with pytest.raises(ValueError, match=rf'{name}\[.* lies on .*want axes of AxisType.Auto'):
+      pmp.solve(per_example_loss, *args, learning_rate=0.1)
 
 
 def test_the_trace_is_that_of_the_training(x64):
@@ -248,24 +351,36 @@ def test_eight_devices_find_what_autodiff_finds():
   assert len(outcome) == 3 and max(outcome.values()) <= 1e-9, outcome
 
 
-def test_memory_grows_as_the_root_of_the_steps():
-  """Copies of the parameters that live while the co-state goes back, in the solver and in its compiled program."""
+@pytest.mark.parametrize('stride', [lambda T: 1, math.isqrt, lambda T: T], ids=['1', 'root', 'T'])
+def test_memory_grows_as_the_root_of_the_steps(stride, monkeypatch):
+  """Copies of the parameters that live between segments, and in the compiled program that takes one back."""
+  backward = costates.backward
 
   def copies(T):
     params, train, proxies, dev = problem(T=T)
     params = params | {'unused': jnp.zeros(100_000)}
-    live = []
-    pmp.solve(per_example_loss, params, train, proxies, dev, learning_rate=0.1, score_stride=math.isqrt(T),
-              report=lambda trace: live.append(sum(x.size for x in jax.live_arrays())))
-    return max(live) / 100_000
+    live, compiled = [], []
 
-  few, many = copies(16), copies(256)
-  assert many - few < 1.3 * (16 - 4), (few, many)
+    def watched(*args):
+      found = backward.lower(*args).compile().memory_analysis()
+      compiled.append(found.temp_size_in_bytes + found.output_size_in_bytes + found.argument_size_in_bytes)
+      monkeypatch.setattr(costates, 'backward', backward)  # one segment is like another
+      return backward(*args)
+
+    monkeypatch.setattr(costates, 'backward', watched)
+    pmp.solve(per_example_loss, params, train, proxies, dev, learning_rate=0.01, score_stride=stride(T),
+              report=lambda trace: live.append(sum(x.size for x in jax.live_arrays())))
+    return np.array([max(live), compiled[0] / 4]) / 100_000
+
+  few, many = copies(16), copies(144)
+  assert (many - few < 3.3 * (12 - 4)).all(), (few, many)
 
 
 @pytest.mark.parametrize(('change', 'message'), [
   ({'score_stride': 0}, 'score_stride is 0; want a whole number from 1 to the 6 steps'),
   ({'score_stride': 7}, 'from 1 to the 6 steps'),
+  ({'score_stride': 2.0}, 'score_stride is 2.0; want a whole number'),
+  ({'params': {'in': np.zeros((D, 5)), 'step': np.int32(3)}}, r"params\['step'\] is int32; want floating arrays only"),
   ({'derivatives': 'guessed'}, "want 'exact', or 'finite_difference'"),
   ({'learning_rate': [0.1, 0.2]}, r'shape \(2,\); want a number, or one for each of 6 steps'),
   ({'learning_rate': 1e3}, 'not finite: the training diverges'),

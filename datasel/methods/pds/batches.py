@@ -1,5 +1,7 @@
 """What `pmp.solve` is given as batches: a tree of stacked arrays, one batch, or an iterable of batches."""
 
+import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -8,6 +10,77 @@ import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
+
+
+@jax.jit
+def checksums(tree: Tree, first_row: jax.Array) -> jax.Array:
+  """A uint32 for each leaf, of its dtype and of the bits and place of every number: exact on any mesh.
+
+  Groups n x B x ... add up: the sum (modulo 2^32) over groups with first_row = rows before it depends on the rows and
+  their order alone, not on how they are grouped.
+  """
+
+  def one(x):
+    kind = np.uint32(zlib.crc32(f'{x.dtype} {x.shape[2:]}'.encode()))
+    words = _words(x)
+    offset = first_row.astype(jnp.uint32) * np.uint32(math.prod(words.shape[2:]) % 2**32)
+    place, size = jnp.full(words.shape, offset), 1
+    for axis in reversed(range(words.ndim)):  # by axes: a flattened array would be gathered from its devices
+      place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(size % 2**32)
+      size *= words.shape[axis]
+    return jnp.sum(_mixed(words ^ _mixed(place + kind)), dtype=jnp.uint32)
+
+  return jnp.stack([one(jnp.asarray(x)) for x in jax.tree.leaves(tree)])
+
+
+def _words(x: jax.Array) -> jax.Array:
+  """The bits of each number as uint32, of 8 bytes folded into it."""
+  if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  if jnp.issubdtype(x.dtype, jnp.complexfloating):
+    return _words(x.real) ^ _mixed(_words(x.imag))
+  if x.dtype.itemsize == 8:
+    halves = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return halves[..., 0] ^ _mixed(halves[..., 1])
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+  return x.astype(jnp.uint32)
+
+
+def _mixed(h: jax.Array) -> jax.Array:
+  """MurmurHash3's finalizer: each bit of uint32 h changes half the others."""
+  h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+  h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
+  return h ^ (h >> 16)
+
+
+class Checksum:
+  """Of groups n x B x ... in their order: of their rows, however they are grouped, and wherever they lie."""
+
+  def __init__(self, groups: Iterable[Tree] = ()):
+    self.rows, self._words = 0, np.zeros((), np.uint32)
+    for group in groups:
+      self.add(group, checksums(group, self.rows))
+
+  def add(self, group: Tree, words: jax.Array) -> None:
+    """words: `checksums(group, self.rows)`."""
+    self._words = self._words + np.asarray(words)
+    n, B = np.shape(jax.tree.leaves(group)[0])[:2]
+    self.rows += n * B
+
+  @property
+  def found(self) -> list[int]:
+    """Rows, and the sum of each leaf."""
+    return [self.rows, *self._words.tolist()]
+
+
+def check_meshes(tree: Tree, name: str) -> None:
+  """Raises ValueError for a leaf on a mesh whose shardings are part of types."""
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    mesh = getattr(getattr(x, 'sharding', None), 'mesh', None)
+    if mesh is not None and any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+      raise ValueError(f'{name}{jax.tree_util.keystr(path)} lies on {mesh}; want axes of AxisType.Auto: '
+                       'jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))')
 
 
 class Groups:
@@ -58,6 +131,7 @@ class Groups:
     return [jax.tree.map(lambda *x: jnp.concatenate(x), *groups) for groups in joined]
 
   def _group(self, batches: Tree) -> Tree:
+    check_meshes(batches, self._name)
     axes = {np.ndim(x) - np.ndim(want) for x, want in zip(jax.tree.leaves(batches), jax.tree.leaves(self._like))}
     if axes == {-1}:
       batches = jax.tree.map(lambda x: x[None], batches)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from datasel.methods.pds import pmp
+from datasel.methods.pds import costates, pmp
 from datasel.methods.pds.costates import PerExampleLoss, Tree
 
 
@@ -26,12 +26,13 @@ def optimize_weights(per_example_loss: PerExampleLoss, params: Tree, examples: T
   outer_rate * score_n, the score being minus the derivative of the target (the paper's alpha is outer_rate * eta).
   report: called for each epoch with {'epoch', 'target': the sum of J in nats before its move, 'weights_N'}.
   """
-  if steps < 1 or epochs < 1 or not outer_rate > 0:
-    raise ValueError(f'steps {steps}, epochs {epochs}, outer_rate {outer_rate}: want at least 1, 1, and above 0')
+  if steps < 1 or epochs < 1 or not 0 < outer_rate < float('inf'):
+    raise ValueError(f'steps {steps}, epochs {epochs}, outer_rate {outer_rate}: want at least 1, 1, and '
+                     'a finite number above 0')
   N = jax.tree.leaves(examples)[0].shape[0]
   # A view of `steps` times the same batch: each segment of the solver copies out what it needs.
   repeated = jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (steps, *x.shape)), examples)
-  gamma_N = jnp.full(N, 1 / N)
+  gamma_N, learning_rate = jnp.full(N, 1 / N), costates.rate(learning_rate, steps)
   for epoch in range(epochs):
     losses: list[np.ndarray] = []
     scores_N = pmp.solve(per_example_loss, params, repeated, examples, dev_batches, learning_rate=learning_rate,

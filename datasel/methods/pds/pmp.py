@@ -12,13 +12,16 @@ scored step.  Optimisers other than SGD have co-states of their moments too (app
 of optax's own update.
 
 States are kept at the start of each of about sqrt(T) segments and computed again inside one, so memory grows as
-sqrt(T).  Works on any model: params is any tree of floating arrays, sharded as it likes.  Call it inside
-`sharding.use` where the model needs that.
+sqrt(T).  Works on any model: params is any tree of floating arrays, sharded as it likes over
+axes of AxisType.Auto, of one process or several, each of which gets all scores.  Call it inside `sharding.use` where
+the model needs that.  Scores and grad J are added up in float32 or wider; co-states have params' dtypes.
 """
 
+import hashlib
 import logging
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,7 +33,7 @@ import optax
 from datasel import autodiff
 from datasel.checkpoint import Checkpoints
 from datasel.methods.pds import costates
-from datasel.methods.pds.batches import Groups
+from datasel.methods.pds.batches import Checksum, Groups, check_meshes, checksums
 from datasel.methods.pds.costates import PerExampleLoss, Tree
 from datasel.step import State
 
@@ -59,22 +62,30 @@ def solve(per_example_loss: PerExampleLoss, params: Tree, train_batches: Tree, p
     score high by the size of its gradient alone; one reverse pass for each example.
   derivatives: 'exact' by forward-mode AD, or 'finite_difference' (central), which asks of the model gradients only.
   microbatches: parts that a training batch's gradient and Hessian-vector product are computed in.
-  directory: progress is kept there at every segment; a call with the same arguments goes on from it.
+  directory: progress is kept there at every segment.  A call with the same arguments goes on from it, on any mesh, with
+    any number of processes, microbatches and rows in a batch of proxies or dev_batches; with others it is refused.
   report: called after each segment, from the last to the first, with numpy arrays {'step': t, 'dev_loss': J(theta_t),
     'costate_norm': |lambda_t|} of its steps, t from 1 to T in all.
 
-  Raises FloatingPointError where a score is not finite.
+  Raises FloatingPointError as soon as J(theta_T), a co-state or a score is not finite.
   """
   if derivatives not in ('exact', 'finite_difference') or normalize and derivatives != 'exact':
     raise ValueError(f"derivatives {derivatives!r}, normalize {normalize}; want 'exact', or 'finite_difference' "
                      'without normalize')
+  autodiff.check_floating(params)
+  check_meshes(params, 'params')
   T, B = Groups(train_batches, train_batches, 'train_batches').shape
-  if not isinstance(score_stride, int) or not 1 <= score_stride <= T:
+  if not isinstance(score_stride, int | np.integer) or not 1 <= score_stride <= T:
     raise ValueError(f'score_stride is {score_stride}; want a whole number from 1 to the {T} steps of train_batches')
-  problem = costates.Problem(per_example_loss, optimizer, _rate(learning_rate, T), score_stride, normalize, derivatives,
-                             microbatches, _places(params))
+  places = _places(params)
+  mesh = next((s.mesh for s in _places((params, train_batches)) if s), None)
+  problem = costates.Problem(per_example_loss, optimizer, costates.rate(learning_rate, T), int(score_stride), normalize,
+                             derivatives, microbatches, places if all(places) else None, mesh)
+  dtype = costates.float_dtype(params)
   if weights_TxB is None:
-    weights_TxB = np.broadcast_to(np.asarray(1 / B, costates.float_dtype(params)), (T, B))
+    weights_TxB = np.broadcast_to(np.asarray(1 / B, dtype), (T, B))
+  elif not isinstance(weights_TxB, jax.Array):
+    weights_TxB = np.asarray(weights_TxB, dtype)
   if np.shape(weights_TxB) != (T, B):
     raise ValueError(f'weights_TxB has shape {np.shape(weights_TxB)}; want {(T, B)} as train_batches')
   return _solve(problem, params, (weights_TxB, train_batches), Groups(proxy_batches, train_batches, 'proxy_batches'),
@@ -95,47 +106,74 @@ def solve_checkpoints(per_example_loss: PerExampleLoss, checkpoints: Iterable[Tr
 
 def _solve(problem: costates.Problem, params: Tree, train: tuple, proxies: Groups, dev: list[Tree],
            directory: pathlib.Path | None, report: Callable[[dict], None]) -> np.ndarray:
-  T, stride = train[0].shape[0], problem.score_stride
-  K = stride * max(1, round(math.sqrt(T) / stride))
+  T = train[0].shape[0]
+  K = max(1, round(math.sqrt(T)))
   segments = [np.arange(first, first + K, dtype=np.int32) for first in range(0, T, K)]
   rows = lambda steps: jax.tree.map(lambda x: x[np.minimum(steps, T - 1)], train)  # those beyond T are not taken
 
-  state = jax.jit(lambda params: (problem.pin(params), problem.tx.init(params)))(params)
+  state = costates.initial(problem, params)
   starts = []
   for steps in segments:
     starts.append(state)
     state = jax.block_until_ready(costates.forward(problem, T, state, steps, rows(steps)))
-  costate, J = costates.final_costate(problem, state, dev)
+  costate, trace = costates.final_costate(problem, state, dev)
   del state
-  report({'step': np.array([T]), 'dev_loss': np.array([J]),
-          'costate_norm': np.array([autodiff.tree_norm(costate.params)])})
-  with _Progress(directory, {'T': T, 'score_stride': stride, 'normalize': problem.normalize}, J) as progress:
-    done, costate, scores = progress.restore(costate)
+  trace = {'step': np.array([T])} | {name: np.asarray(value)[None] for name, value in trace.items()}
+  _check_finite(trace)
+  identity = {} if directory is None else _identity(problem, params, map(rows, segments), dev, T)
+  with _Progress(directory, identity, problem.mesh, trace['dev_loss'].item()) as progress:
+    done, costate, scores_N, seen = progress.restore(costate, proxies)
+    report(trace)
     del starts[len(starts) - done:]
     while starts:
       steps = segments[len(starts) - 1]
       costate, scored, trace = costates.backward(problem, T, starts.pop(), costate, steps, rows(steps), dev)
-      parts = [np.asarray(costates.score(problem, T, scored, group)) for group in proxies]
-      if scores and [x.shape for x in scores] != [x.shape for x in parts]:
-        raise ValueError(f'proxy_batches held {sum(x.size for x in scores)} examples when last read and '
-                         f'{sum(x.size for x in parts)} now; want the same batches each time')
-      scores = [np.add(*pair) for pair in zip(scores, parts)] if scores else parts
       taken = (0 < steps) & (steps < T)
-      report({'step': steps[taken]} | {name: np.asarray(values)[taken] for name, values in trace.items()})
-      progress.save(len(segments) - len(starts), costate, scores)
-  scores_N = np.concatenate([part.ravel() for part in scores])
-  if not np.isfinite(scores_N).all():
-    raise FloatingPointError(f'{np.sum(~np.isfinite(scores_N))} of {len(scores_N)} scores are not finite: the training '
-                             'diverges (lower learning_rate), or the optimiser has no derivative (Adam needs eps_root)')
+      trace = {'step': steps[taken]} | {name: np.asarray(values)[taken] for name, values in trace.items()}
+      _check_finite(trace)
+      if np.any((steps % problem.score_stride == 0) & (steps < T)):
+        read, parts = Checksum(), []
+        for group in proxies:
+          part, words = costates.score(problem, scored, group, read.rows)
+          read.add(group, words)
+          parts.append(np.asarray(part).ravel())
+        if seen not in (None, read.found):
+          raise ValueError(f'proxy_batches held {seen[0]} examples when last read and {read.found[0]} now, or others; '
+                           'want the same ones each time')
+        seen = read.found
+        scores_N = np.concatenate(parts) + (0 if scores_N is None else scores_N)
+        _check_finite({'scores': scores_N} | trace)
+      report(trace)
+      progress.save(len(segments) - len(starts), costate, scores_N, seen)
   return scores_N
+
+
+def _check_finite(values: dict[str, np.ndarray]) -> None:
+  for name, x in values.items():
+    if not np.isfinite(x).all():
+      raise FloatingPointError(f'{np.sum(~np.isfinite(x))} of {x.size} {name} are not finite: the training diverges '
+                               '(lower learning_rate), or the optimiser has no derivative (Adam needs eps_root)')
+
+
+def _identity(problem: costates.Problem, params: Tree, train: Iterable[Tree], dev: list[Tree], T: int) -> dict:
+  """What scores depend on, as JSON, but for the loss function and the proxies."""
+  rate = problem.learning_rate
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), params)
+  update = str(jax.make_jaxpr(problem.tx.update)(abstract, jax.eval_shape(problem.tx.init, abstract), abstract))
+  return {
+    'T': T, 'score_stride': problem.score_stride, 'normalize': problem.normalize, 'derivatives': problem.derivatives,
+    'learning_rate': np.broadcast_to(jax.vmap(rate)(np.arange(T)) if callable(rate) else rate, T).tolist(),
+    'optimizer': hashlib.sha256(re.sub(' at 0x[0-9a-f]+', '', update).encode()).hexdigest(),
+    'params': np.asarray(checksums(params, 0)).tolist(), 'train_batches or weights_TxB': Checksum(train).found,
+    'dev_batches': Checksum(dev).found}
 
 
 class _Progress:
   """What `solve` has done, kept in a folder after each segment; nothing without one."""
 
-  def __init__(self, directory: pathlib.Path | None, settings: dict, J: jax.Array):
+  def __init__(self, directory: pathlib.Path | None, identity: dict, mesh: jax.sharding.Mesh | None, dev_loss: float):
     self._checkpoints = None if directory is None else Checkpoints(pathlib.Path(directory), keep=2)
-    self._problem = settings if directory is None else settings | {'final_dev_loss': float(J)}
+    self._identity, self._mesh, self._dev_loss = identity, mesh, dev_loss
 
   def __enter__(self) -> '_Progress':
     return self
@@ -144,41 +182,43 @@ class _Progress:
     if self._checkpoints is not None:
       self._checkpoints.close()
 
-  def restore(self, costate: costates.Costate) -> tuple[int, costates.Costate, list[np.ndarray]]:
-    """(segments that are done, co-state, scores so far); (0, costate, []) at the beginning."""
+  def restore(self, costate: costates.Costate,
+              proxies: Groups) -> tuple[int, costates.Costate, np.ndarray | None, list[int] | None]:
+    """(segments that are done, co-state, scores so far, checksum of the proxies they are of); at the beginning
+    (0, costate, None, None)."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                            _as_state(0, costate))
+                            self._state(0, costate))
     found = self._checkpoints and self._checkpoints.restore(abstract)
     if not found:
-      return 0, costate, []
+      return 0, costate, None, None
     done, state, kept = found
-    there, here = kept['problem'], self._problem
-    if any(there[name] != here[name] and not math.isclose(there[name], here[name], rel_tol=1e-3) for name in here):
-      raise ValueError(f'the directory holds the scores of another problem: {there} there, {here} here; give another')
+    there = kept.get('identity', {})
+    differ = [name for name, value in self._identity.items() if there.get(name) != value]
+    # Another mesh adds up in another order, so this one is near; it stands for the loss function.
+    if not differ and not math.isclose(kept['dev_loss'], self._dev_loss, rel_tol=1e-4):
+      differ = [f'J(theta_T), {kept["dev_loss"]} there, {self._dev_loss} here']
+    if not differ and kept['proxies'] is not None and kept['proxies'] != Checksum(proxies).found:
+      differ = ['proxy_batches']
+    if differ:
+      raise ValueError(f'the directory holds the scores of another problem, which differs in {", ".join(differ)}; give '
+                       'another directory, or delete it')
     logging.info('going on after %d segments', done)
-    scores = [np.asarray(x, kept['dtype']).reshape(shape) for x, shape in zip(kept['scores'], kept['shapes'])]
-    return done, costates.Costate(state.params, state.opt_state), scores
+    scores_N = None if kept['proxies'] is None else np.asarray(kept['scores'], kept['dtype'])
+    return done, costates.Costate(state.params, state.opt_state), scores_N, kept['proxies']
 
-  def save(self, done: int, costate: costates.Costate, scores: list[np.ndarray]) -> None:
+  def save(self, done: int, costate: costates.Costate, scores_N: np.ndarray | None, proxies: list[int] | None) -> None:
     if self._checkpoints is not None:
-      self._checkpoints.save(done, _as_state(done, costate), {
-        'problem': self._problem, 'dtype': str(scores[0].dtype), 'shapes': [x.shape for x in scores],
-        'scores': [x.ravel().tolist() for x in scores]})
+      scores = {} if scores_N is None else {'dtype': str(scores_N.dtype), 'scores': scores_N.tolist()}
+      self._checkpoints.save(done, self._state(done, costate), scores | {
+        'identity': self._identity, 'dev_loss': self._dev_loss, 'proxies': proxies})
+
+  def _state(self, done: int, costate: costates.Costate) -> State:
+    step = np.int32(done)
+    place = self._mesh and jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+    return State(jax.device_put(step, place), costate.params, costate.moments)
 
 
-def _as_state(done: int, costate: costates.Costate) -> State:
-  return State(jnp.asarray(done, jnp.int32), costate.params, costate.moments)
-
-
-def _places(params: Tree) -> tuple | None:
-  """The shardings of params' leaves, where they lie on a mesh."""
-  shardings = tuple(getattr(x, 'sharding', None) for x in jax.tree.leaves(params))
-  return shardings if all(isinstance(s, jax.sharding.NamedSharding) for s in shardings) else None
-
-
-def _rate(learning_rate: float | Iterable[float] | optax.Schedule, T: int) -> float | tuple[float, ...] | Callable:
-  if callable(learning_rate) or np.ndim(learning_rate) == 0:
-    return learning_rate if callable(learning_rate) else float(learning_rate)
-  if np.shape(learning_rate) != (T,):
-    raise ValueError(f'learning_rate has shape {np.shape(learning_rate)}; want a number, or one for each of {T} steps')
-  return tuple(map(float, learning_rate))
+def _places(tree: Tree) -> tuple:
+  """The shardings of the leaves, None of one that lies on no mesh."""
+  shardings = (getattr(x, 'sharding', None) for x in jax.tree.leaves(tree))
+  return tuple(s if isinstance(s, jax.sharding.NamedSharding) else None for s in shardings)

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -45,9 +46,11 @@ def main(argv: list[str]) -> int:
 def run(options: argparse.Namespace) -> Iterator[str]:
   """Does what the options say; yields the lines of the summary as they are known."""
   _check(options)
-  weights = tables.target_weights(options.target, '--target')
   files = _swarm_files(options)
   sampled, losses = tables.read_mixtures(files[0]), tables.read(files[1])
+  weights = {options.target: 1.0}
+  if options.target not in losses.columns:
+    weights = tables.target_weights(options.target, '--target')
   weights_NxM, domains = tables.normalised(sampled.values_NxC), domain_names(sampled.columns)
   data = {name: _losses(losses, sampled, name, files[1]) for name in weights}
   asked = _mixtures(options.predict, sampled.columns) if options.predict else None
@@ -117,6 +120,11 @@ def _check(options: argparse.Namespace) -> None:
     raise ValueError(f'--propose {options.propose}: want a file ending in {", ".join(_WRITERS)}')
   if options.search == 'notebook' and (options.caps or options.max_usage):
     raise ValueError('--search notebook knows no caps; use simulate')
+  if not 1 <= options.top <= options.draws:
+    raise ValueError(f'--top {options.top} of --draws {options.draws}; want at least 1, and no more than are drawn')
+  for name in ('kappa', 'kl', 'seed'):
+    if not 0 <= getattr(options, name) < math.inf:
+      raise ValueError(f'--{name} is {getattr(options, name)}; want 0 or more')
 
 
 def _swarm_files(options: argparse.Namespace) -> tuple[pathlib.Path, pathlib.Path]:
@@ -129,10 +137,18 @@ def _swarm_files(options: argparse.Namespace) -> tuple[pathlib.Path, pathlib.Pat
 
 
 def _mixtures(file: str, columns: tuple[str, ...]) -> tables.Table:
+  """The mixtures of a file, its columns in this order; 'train_' or 'valid_' before every name makes no difference."""
+  found = tables.read(file)
+  bare = lambda name: re.sub('^(train|valid)_', '', name)
+  if not set(found.columns) & set(columns):
+    known = {bare(name): name for name in columns}
+    found = dataclasses.replace(found, columns=tuple(known.get(bare(name), name) for name in found.columns))
   try:
-    return tables.read_mixtures(file).select(columns)
+    found = found.select(columns)
   except ValueError as e:
-    raise ValueError(str(e) if file in str(e) else f'{file}: {e}') from e
+    raise ValueError(f'{file}: {e}') from e
+  tables.check_mixtures(found.values_NxC, lambda n: f'{file}, index {found.index_N[n]!r}', columns)
+  return found
 
 
 def _losses(losses: tables.Table, mixtures: tables.Table, column: str, file: str | os.PathLike) -> np.ndarray:

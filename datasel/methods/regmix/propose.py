@@ -149,7 +149,8 @@ def simulate(objective: Callable[[np.ndarray], np.ndarray], concentration_M: Seq
   """
   best_KxM, _ = best_draws(objective, concentration_M, draws=draws, keep=top, seed=seed, lower_M=lower_M,
                            upper_M=upper_M, legacy=legacy)
-  return np.mean(best_KxM, axis=0)
+  mean_M = np.mean(best_KxM, axis=0)
+  return mean_M if upper_M is None else np.minimum(mean_M, upper_M)  # a mean of equals may round up
 
 
 def ascend(objective: Objective, starts_SxM: np.ndarray, *, lower_M: Sequence[float] | None = None,
@@ -245,6 +246,7 @@ def sensitivity(objectives: Mapping[str, Objective], *, seeds: Sequence[int] = (
     for seed in seeds:
       best_KxM, _ = best_draws(objective, objective.prior_M, draws=draws, keep=max(tops), seed=seed, upper_M=upper_M)
       means_TxM = np.stack([best_KxM[:top].mean(0) for top in tops])
+      means_TxM = means_TxM if upper_M is None else np.minimum(means_TxM, upper_M)
       rows += [{'objective': name, 'search': 'simulate', 'seed': seed, 'top': top, 'weights_M': weights_M,
                 'value': float(value)} for top, weights_M, value in zip(tops, means_TxM, objective(means_TxM))]
       starts += [best_KxM[0], means_TxM[-1]]

@@ -109,8 +109,8 @@ def fit(weights_NxM: np.ndarray, losses_N: np.ndarray, model: str = 'auto', *, s
     candidates, left_out = _candidates(N, M, folds)
     validation = cross_validate(weights_NxM, losses_N, candidates, seed=seed, folds=folds)
     model, reason = _choose(validation, left_out)
-  elif lacking := _lacking(model, N, M):
-    raise ValueError(f'{model}: {lacking}; train more proxies, or merge domains')
+  elif (why := lacking(model, N, M)) and why != 'not installed':  # which the import itself says better
+    raise ValueError(f'{model}: {why}; train more proxies, or merge domains')
   law = _fit_law(model, weights_NxM, losses_N, seed, folds, stop_on)
   return Fit(model, reason, validation, law, M)
 
@@ -143,7 +143,7 @@ def learning_curve(weights_NxM: np.ndarray, losses_N: np.ndarray, model: str = '
   """How well the model fitted to n runs predicts others: were so many proxies needed?
 
   sizes: of n, by default doubling up to all that there are.  In each of `repeats` a fifth of the runs is held out, and
-  n of the others are fitted on, those of smaller n among those of larger.
+  n of the others are fitted on, those of smaller n among those of larger.  Empty where so few runs allow no size.
   Returns, for each n, {'runs', 'spearman', 'mse': means over repeats, 'spearman_error', 'mse_error': of these means}.
   """
   weights_NxM, losses_N = _ordered(*_checked_runs(weights_NxM, losses_N))
@@ -151,7 +151,7 @@ def learning_curve(weights_NxM: np.ndarray, losses_N: np.ndarray, model: str = '
   most, least = N - max(2, round(_HELD_OUT * N)), _least_rows(model, M)
   if sizes is None:
     sizes = sorted({n for n in (most >> k for k in range(12)) if n >= least})
-  if not sizes or min(sizes) < least or max(sizes) > most or repeats < 2:
+  if sizes and (min(sizes) < least or max(sizes) > most) or repeats < 2:
     raise ValueError(f'a learning curve at {list(sizes)} of {N} runs with {repeats} repeats; {model} wants sizes from '
                      f'{least} to {most} and at least 2 repeats')
   random = np.random.Generator(np.random.Philox(seed))
@@ -161,8 +161,6 @@ def learning_curve(weights_NxM: np.ndarray, losses_N: np.ndarray, model: str = '
     held, rest = order_N[most:], order_N[:most]
     for n, scores in rows.items():
       kept = np.sort(rest[:n])
-      if np.ptp(losses_N[kept]) == 0:
-        raise ValueError(f'{n} runs of equal losses were drawn; want larger sizes')
       predicted_N = _fit_law(model, weights_NxM[kept], losses_N[kept], seed, _INNER_FOLDS).moments(
         weights_NxM[held], variance=False)[0]
       scores.append((spearman(losses_N[held], predicted_N), float(np.square(predicted_N - losses_N[held]).mean())))
@@ -213,11 +211,13 @@ def _least_rows(model: str, M: int) -> int:
   return {'linear': M + 1, 'loglinear': M + 2, 'gp': M + 1, 'lightgbm': max(M + 1, boosting.LEAST_ROWS)}[model]
 
 
-def _lacking(model: str, N: int, M: int) -> str:
-  """Why the model cannot be fitted to N runs of M domains; '' if it can."""
+def lacking(model: str, N: int, M: int) -> str:
+  """Why the model cannot be fitted to N runs of M domains here; '' if it can."""
   if N < _least_rows(model, M):
     return f'{N} runs of {M} domains, want at least {_least_rows(model, M)}'
-  return f'{N} runs, want at most {gaussian_process.MOST_ROWS}' * (model == 'gp' and N > gaussian_process.MOST_ROWS)
+  if model == 'gp' and N > gaussian_process.MOST_ROWS:
+    return f'{N} runs, want at most {gaussian_process.MOST_ROWS}'
+  return 'not installed' if model == 'lightgbm' and not boosting.installed() else ''
 
 
 def _candidates(N: int, M: int, folds: int) -> tuple[list[str], list[str]]:
@@ -226,11 +226,8 @@ def _candidates(N: int, M: int, folds: int) -> tuple[list[str], list[str]]:
   candidates, left_out = [], []
   for model in MODELS:
     # The two that shrink what the data do not tell take any number of rows in a fold.
-    lacking = _lacking(model, smallest if model in ('loglinear', 'lightgbm') else N, M)
-    if not lacking and model == 'lightgbm' and not boosting.installed():
-      lacking = 'not installed'
-    if lacking:
-      left_out.append(f'{model} ({lacking})')
+    if why := lacking(model, smallest if model in ('loglinear', 'lightgbm') else N, M):
+      left_out.append(f'{model} ({why})')
     else:
       candidates.append(model)
   return candidates, left_out

@@ -115,11 +115,12 @@ def _predicted(found: dict[str, Any]) -> Html:
   return Html(paragraph('Proxies that the regression was not fitted on: what it said of them, and what they came to.')
               + panels(*parts, *([table(['target', 'model', 'Spearman × 100', 'RMSE', ''], rows,
                                         caption='Cross-validation, out of fold')] if rows else []))
-              + Html(''.join(said)) + table(
+              + Html(''.join(said)) + (table(
                 ['proxies', 'Spearman × 100', '±', 'RMSE, nats'],
                 [[count(row['runs']), number(100 * row['spearman'], 2), number(100 * row['spearman_error'], 2),
                   number(row['mse'] ** 0.5, 4)] for row in curve],
-                caption=f'Were so many needed? {found["curve"]["target"]} predicted after fitting on so many'))
+                caption=f'Were so many needed? {found["curve"]["target"]} predicted after fitting on so many')
+                if curve else paragraph('So few proxies allow no curve over their number.')))
 
 
 def _certainty(found: dict[str, Any], order: list[str]) -> Html:

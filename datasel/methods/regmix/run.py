@@ -71,7 +71,7 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
   """Every stage and its cost.  ValueError for settings that could not be run."""
   section = config.regmix
   _check(config, store)
-  _wish(config, store)
+  _chosen(config, _wish(config, store), np.zeros(0), np.zeros(0), section.proxies, 0)  # refuses what has no design
   swarms = [swarm.cost(_proxy(config, store, number), n) for number, n in enumerate(_sizes(section))]
   mains = ['proposal', *_baselines(config)] if section.train_main else []
   return [*swarms, *(_main(config, store, name) for name in mains)]
@@ -93,12 +93,21 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
     if section[key] not in values:
       raise ValueError(f'config.regmix.{key} is {section[key]!r}; want one of {", ".join(values)}')
   fitted, least = section.proxies - section.held_out, len(store.domains) + 2
+  if 0 < section.held_out < 3:
+    raise ValueError(f'config.regmix.held_out is {section.held_out}; want 0, or at least 3, to speak of a correlation')
   if section.held_out < 0 or fitted < least:
     raise ValueError(f'config.regmix.proxies {section.proxies} less config.regmix.held_out {section.held_out} leave '
                      f'{fitted} to fit on; {len(store.domains)} domains want at least {least}')
+  if section.regressor != 'auto' and (why := regression.lacking(section.regressor, fitted, len(store.domains))):
+    raise ValueError(f'config.regmix.regressor {section.regressor}: {why}')
   if section.rounds > 1 and (section.added < 1 or section.regressor not in ('auto', 'gp')):
     raise ValueError(f'config.regmix.rounds {section.rounds}: later rounds want config.regmix.added of at least 1 '
                      f"(got {section.added}) and the regressor 'gp' or 'auto' (got {section.regressor!r})")
+  if section.rounds > 1 and (why := regression.lacking('gp', sum(_sizes(section)), len(store.domains))):
+    raise ValueError(f'config.regmix.rounds {section.rounds}: {why}')
+  if section.top > section.draws:
+    raise ValueError(f'config.regmix.top {section.top} is above config.regmix.draws {section.draws}')
+  build.optimizer(section.optimizer, section.steps)
   if section.grid * config.data.block < 1:
     raise ValueError(f'config.regmix.grid {section.grid:g} is less than one of config.data.block {config.data.block} '
                      'sequences; raise one of them')

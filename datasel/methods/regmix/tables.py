@@ -73,7 +73,7 @@ def read(path: str | os.PathLike) -> Table:
   try:
     with open(path, newline='', encoding='utf-8-sig') as f:
       reader = csv.reader(f, strict=True)
-      rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+      rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
   except (csv.Error, UnicodeDecodeError) as e:
     raise ValueError(f'{path} is not a CSV file in UTF-8 ({e}); export it again') from e
   if not rows:
@@ -171,6 +171,8 @@ def target_weights(text: str, option: str) -> dict[str, float]:
     if not name or name in weights:
       raise ValueError(f'{option} has {part!r}; want every target named, and once')
     weights[name] = weight
+  if not sum(weights.values()):
+    raise ValueError(f'{option} is {text!r}: all weights are 0; want one above 0')
   return weights
 
 

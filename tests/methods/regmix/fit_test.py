@@ -160,6 +160,19 @@ def test_lightgbm_stops_on_the_runs_it_is_given(tmp_path):
                              want.predict_mean(weights_NxM[100:140]), rtol=1e-12)
 
 
+def test_columns_may_have_any_name_and_other_prefixes(swarm):
+  sampled, losses = tables.read(swarm / 'mixtures.csv'), tables.read(swarm / 'losses.csv')
+  renamed = lambda table, *names: tables.Table(names, table.index_N, table.values_NxC)
+  assert run(swarm, '--target', 'a', '--predict', swarm / 'mixtures.csv', '--output', swarm / 'want.csv') == 0
+  tables.write(swarm / 'losses.csv', renamed(losses, 'lr=3e-4, a', 'b'))
+  tables.write(swarm / 'asked.csv', renamed(sampled, *(f'valid_{name}' for name in sampled.columns)))
+  tables.write(swarm / 'mixtures.csv', renamed(sampled, *(f'train_{name}' for name in sampled.columns)))
+  with open(swarm / 'asked.csv', 'a') as f:
+    f.write(',,,,\n\n')
+  assert run(swarm, '--target', 'lr=3e-4, a', '--predict', swarm / 'asked.csv', '--output', swarm / 'P.csv') == 0
+  assert (swarm / 'P.csv').read_bytes() == (swarm / 'want.csv').read_bytes()
+
+
 def test_domains_are_named_as_regmix_yaml_names_them():
   assert fit.domain_names(('train_a', 'train_b')) == ('a', 'b')
   assert fit.domain_names(('train_a', 'b')) == ('train_a', 'b')
@@ -195,8 +208,11 @@ def _written(file, text):
                                                       'DIR/p.json'], 'domains that the mixtures do not have: books'),
   (_written('caps.json', '{"web": 2}'), ['--target', 'a', '--propose', 'DIR/m.json', '--caps', 'DIR/caps.json'],
    'a number from 0 to 1'),
-  (_written('C.csv', 'index,web,code,math\n1,0,0,1\n'), ['--target', 'a', '--predict', 'DIR/C.csv', '--output',
-                                                         'DIR/P.csv'], "C.csv: no column 'news'"),
+  (None, ['--target', 'a=0'], "'a=0': all weights are 0"),
+  (None, ['--target', 'a', '--propose', 'DIR/m.json', '--draws', '50'], '--top 128 of --draws 50'),
+  (None, ['--target', 'a', '--seed', '-1'], '--seed is -1; want 0 or more'),
+  (_written('C.csv', 'index,web,code,math\n1,0,0.5,0.4\n'), ['--target', 'a', '--predict', 'DIR/C.csv', '--output',
+                                                             'DIR/P.csv'], "C.csv: no column 'news'"),
   (_written('C.csv', 'index,web,code,math,news,x\n1,0,0,1,0,0\n'), ['--target', 'a', '--predict', 'DIR/C.csv',
                                                                     '--output', 'DIR/P.csv'], "unknown column 'x'"),
   (_written('C.csv', 'index,web,code,math,news\n1,0,0,1,1\n'), ['--target', 'a', '--predict', 'DIR/C.csv',

@@ -419,6 +419,7 @@ def test_more_proxies_predict_better():
   assert curve[2]['spearman'] > curve[0]['spearman']
   doubled = regression.learning_curve(weights, losses, 'linear')
   assert [row['runs'] for row in doubled] == [8, 16, 32, 64, 128]
+  assert regression.learning_curve(weights[:6], losses[:6], 'linear') == []
 
 
 # What is refused.

@@ -132,6 +132,9 @@ def test_interrupted_before_its_second_swarm_it_ends_with_the_same_bits(folder, 
 @pytest.mark.parametrize(('key', 'value', 'message'), [
   ('target', 'wiki', 'has no domain wiki; it has code, pydocs'), ('regressor', 'forest', 'want one of auto'),
   ('held_out', 9, 'leave 3 to fit on; 2 domains want at least 4'), ('design', 'grid', 'want one of paper'),
+  ('held_out', 2, 'want 0, or at least 3'), ('target', 'code=0', 'all weights are 0'),
+  ('regressor', 'lightgbm', '8 runs of 2 domains, want at least 64'), ('top', 2001, 'above config.regmix.draws 2000'),
+  ('optimizer.schedule', 'steep', "unknown learning-rate schedule 'steep'"), ('temperature', 0.0, 'temperature is 0'),
   ('baselines', 'prior,prior', 'two of one name'), ('baselines', 'prior,x.json', 'nor a mixture file'),
   ('grid', 1e-6, 'is less than one of config.data.block'), ('added', 0, 'want config.regmix.added of at least 1'),
   ('max_usage', 0.5, 'no mixture is between them'), ('steps', 0, 'want at least 1')])

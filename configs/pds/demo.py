@@ -3,9 +3,9 @@ r"""PDS end to end on a laptop: of ten domains of real text, what helps to solve
 Expects:   nothing: it fetches its text.
 Command:   python -m datasel.main --config=configs/pds/demo.py --workdir=runs/pds-demo
 Hardware:  2 CPU cores, 4 GB of memory; 16 minutes with other work beside it.
-Outcome:   40% of the sequences, all but one of the word problems' among them (Spearman of the scorer 0.73).  Trained on
-           them, the loss on the target is 4.533 nats/token: 4.930 on all data, 4.952 on as much at random; the mean over
-           the ten domains is 5.496 against 5.432.  One seed.
+Outcome:   40% of the sequences, all but one of the word problems' among them (Spearman of the scorer 0.73).  Trained
+           on them, the loss on the target is 4.533 nats/token: 4.930 on all data, 4.952 on as much at random; the mean
+           over the ten domains is 5.496 against 5.432.  One seed.
 """
 
 from datasel import config as config_lib

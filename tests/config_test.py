@@ -5,11 +5,13 @@ import math
 import pathlib
 
 import ml_collections
+import numpy as np
 import pytest
 import small_store
 
 from datasel import build, checks, main, sharding, workdir
 from datasel import config as config_lib
+from datasel.data import mixture, sampler
 from datasel.data.store import Store
 from datasel.models.presets import PRESETS
 
@@ -154,6 +156,14 @@ def test_numbers_are_the_papers(name, preset, paper):
 def test_pile_epochs_name_its_22_domains():
   epochs = load('doremi/pile_280m').doremi.baseline_epochs.to_dict()
   assert len(epochs) == 22 and epochs['Wikipedia_en'] == 3.0 and epochs['Pile-CC'] == 1.0
+
+
+@pytest.mark.parametrize('name', ['human', 'doremi', 'regmix', 'pile_cc_only'])
+def test_regmixs_mixtures_can_be_sampled_by_its_1b_runs(name):
+  weights = mixture.load(FOLDER / 'regmix' / 'mixtures' / f'{name}.yaml').weights
+  assert len(weights) == 17 and max(weights, key=weights.get) == 'the_pile_pile_cc'
+  counts_M = sampler.block_counts(list(weights.values()), load('regmix/pile_1b').data.block, list(weights))
+  np.testing.assert_allclose(counts_M / counts_M.sum(), list(weights.values()), atol=1e-6)
 
 
 @pytest.mark.parametrize('name', FILES)

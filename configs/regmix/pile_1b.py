@@ -19,6 +19,7 @@ def get_config(arg: str = ''):
   config.pretrain = config_lib.pretrain()
   config.pretrain.mixture = str(pathlib.Path(__file__).parent / 'mixtures' / 'regmix.yaml')
   config.data.length = 2048
+  config.data.block = 2**20  # RegMix's weights go down to 3e-6
   config.model = config_lib.model('regmix_1b')
   config.train.steps, config.train.batch_size, config.train.microbatches = 25_000, 512, 4
   config.train.log_every, config.train.checkpoint_every = 50, 500

@@ -83,5 +83,7 @@ def without_dust(weights_M: np.ndarray, lower_M: np.ndarray, upper_M: np.ndarray
   """Weights below `least` become 0 where they may; what they had goes to the others, in proportion to their room."""
   kept_M = np.where((weights_M < least) & (lower_M == 0), 0, weights_M)
   room_M = np.where(kept_M > 0, upper_M - kept_M, 0)
-  short = 1 - kept_M.sum()
-  return np.minimum(kept_M + room_M * (short / room_M.sum()), upper_M) if room_M.sum() >= short > 0 else weights_M
+  short = max(1 - kept_M.sum(), 0)  # of weights that are nothing but rounding, nothing is missing
+  if short > room_M.sum():
+    return weights_M
+  return np.minimum(kept_M + room_M * (short / room_M.sum()), upper_M) if short else kept_M

@@ -22,6 +22,7 @@ from datasel import build, evaluate, metrics, objectives, processes, workdir
 from datasel import config as config_lib
 from datasel.data import mixture as mixture_lib
 from datasel.data.mixture import Mixture
+from datasel.data.sampler import block_counts
 from datasel.data.store import Store
 from datasel.methods.regmix import adaptive, mixtures, propose, regression, study, swarm, tables
 from datasel.methods.regmix.report import write_report
@@ -54,7 +55,9 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
                         weights_M=Mixture(weights).for_domains(store.domains))
 
   def conclude() -> dict:
-    summary = {'wish': dict(wish.targets), 'weights': trained, 'warnings': study.warnings(found)}
+    summary = {'wish': dict(wish.targets), 'tuned': proposal['weights'],
+               'baseline': proposal['compared']['prior']['weights'], 'weights': trained,
+               'warnings': study.warnings(found)}
     if config.regmix.train_main:
       summary |= _outcome(directory, trained, wish)
     summary['cost_flops'] = {stage.name: stage.flops for stage in plan}
@@ -139,6 +142,8 @@ def _wish(config: ml_collections.ConfigDict, store: Store) -> Wish:
   mixtures.box(np.zeros_like(upper_M), upper_M)  # refuses caps that no mixture meets
   compared = {'prior': prior_M, 'uniform': weights('uniform', 'regmix.baselines')} | {
     name: weights(kind, 'regmix.baselines') for name, kind in _baselines(config).items() if kind not in _OWN}
+  for weights_M in compared.values():
+    block_counts(weights_M, config.data.block, domains)  # refuses what a main model could not sample
   return Wish(domains, targets, prior_M, upper_M, compared, 1 / config.data.block)
 
 

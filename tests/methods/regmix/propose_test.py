@@ -292,6 +292,9 @@ def test_a_search_is_the_one_named():
 def test_small_weights_give_way_within_the_caps():
   got_M = ascent.without_dust(np.array([0.5, 0.3, 0.15, 0.05]), np.zeros(4), np.array([0.5, 0.35, 1, 1]), least=0.1)
   np.testing.assert_allclose(got_M, [0.5, 0.3 + 0.05 * 0.05 / 0.9, 0.15 + 0.05 * 0.85 / 0.9, 0], atol=1e-15)
+  # So little that nothing is missing without it.
+  got_M = ascent.without_dust(np.array([0.7, 0.3, 7e-18]), np.zeros(3), np.array([1, 0.3, 1]), least=1e-5)
+  np.testing.assert_array_equal(got_M, [0.7, 0.3, 0])
 
 
 @pytest.mark.parametrize('mean, deviation, best', [(1, 0.5, 1.2), (1, 0.5, -0.5), (2, 1e-3, 2), (0, 2, 7)])

@@ -2,9 +2,11 @@ r"""RegMix end to end on a laptop: 64 proxies on mixtures of ten domains of real
 
 Expects:   nothing: it fetches its text.
 Command:   python -m datasel.main --config=configs/regmix/demo.py --workdir=runs/regmix-demo
-Hardware:  made for 2 CPU cores.  Not yet run at this size.
-Outcome:   predicted against true losses of proxies that the regression has not seen, the mixture it proposes for word
-           problems, code and the wiki together, and whether a model trained on it beats the baselines.
+Hardware:  2 CPU cores, 4 GB of memory; 13 minutes with some other work beside it.
+Outcome:   Spearman 0.81 to 0.99 on 16 proxies that the regression has not seen; 54% math, 30% code and 15% wiki are
+           proposed.  Trained on that, the mean loss on these three is 5.287 nats/token: 5.772 on the prior, 5.654 on
+           uniform weights, 6.725 on the best single domain; over all ten domains it is 6.245 against the prior's 5.754.
+           One seed.
 """
 
 from datasel import config as config_lib

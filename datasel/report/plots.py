@@ -165,7 +165,8 @@ def scatter(key: str, title: str, x: Sequence[float], y: Sequence[float], *, xla
 
   def paint(ax: Axes) -> None:
     ax.axline((x[0], x[0]), slope=1, color=GREY, linewidth=1, linestyle=':')
-    ax.scatter(x, y, s=9, color=ACCENT, alpha=0.35, linewidths=0)
+    many = len(x) > 200
+    ax.scatter(x, y, s=9 if many else 24, color=ACCENT, alpha=0.35 if many else 0.8, linewidths=0)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
 
   return _draw(key, 3.1, paint)

@@ -172,6 +172,21 @@ def scatter(key: str, title: str, x: Sequence[float], y: Sequence[float], *, xla
   return _draw(key, 3.1, paint)
 
 
+def front(key: str, title: str, x: Sequence[float], y: Sequence[float], marked: dict[str, tuple[float, float]], *,
+          xlabel: str, ylabel: str) -> str:
+  """A dot for each (x, y), and `marked` ones by name."""
+
+  def paint(ax: Axes) -> None:
+    ax.scatter(x, y, s=12, color=GREY, linewidths=0)
+    for name, place in marked.items():
+      ax.plot(*place, 'o', color=ACCENT, markersize=6)
+      ax.annotate(short(name), place, xytext=(6, 4), textcoords='offset points', fontsize=8)
+    ax.margins(x=0.12, y=0.12)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+
+  return _draw(key, 3.1, paint)
+
+
 def signed(x: float, digits: int = 3) -> str:
   """'+0.123' or '−0.123', with a true minus."""
   return f'{x:+.{digits}f}'.replace('-', '−')

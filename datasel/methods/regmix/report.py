@@ -1,5 +1,6 @@
 """The report of a RegMix run: what is proposed, how far the regression can be trusted, and what it was worth."""
 
+import itertools
 import pathlib
 from typing import Any
 
@@ -142,6 +143,7 @@ def _certainty(found: dict[str, Any], order: list[str]) -> Html:
   if front := found['front']:
     targets = list(found['targets'])
     values = front['values']
+    parts += _fronts(targets, values, proposal)
     ends = [min(range(len(values)), key=lambda n, k=k: values[n][k]) for k in range(len(targets))]
     parts.append(table(
       ['best for', *targets, *shown],
@@ -151,6 +153,20 @@ def _certainty(found: dict[str, Any], order: list[str]) -> Html:
       caption=f'Ends of the Pareto front of {len(values)} mixtures: predicted nats/token, and weights'))
   return Html(paragraph(f'Least certain is {name}: other choices give it {low:.3f} to {high:.3f}, and '
                         f'{proposal["weights"][name]:.3f} is proposed.') + panels(*parts))
+
+
+def _fronts(targets: list[str], values: list[list[float]], proposal: dict[str, Any]) -> list[Html]:
+  """The front as each two neighbouring targets see it."""
+  drawn = []
+  for a, b in itertools.pairwise(range(len(targets))):
+    svg = plots.front(f'front-{targets[a]}-{targets[b]}', f'Pareto front: {targets[a]} and {targets[b]}',
+                      [row[a] for row in values], [row[b] for row in values],
+                      {'the proposal': (proposal['predicted'][a], proposal['predicted'][b])},
+                      xlabel=f'{targets[a]}, nats/token', ylabel=f'{targets[b]}, nats/token')
+    drawn.append(figure(svg, alt=f'Predicted losses of {len(values)} mixtures of which none is better in all targets',
+                        caption='Each dot is a mixture that none other is predicted to beat in all targets.'
+                        + (' Of more than two targets, two are drawn.' if len(targets) > 2 else '')))
+  return drawn
 
 
 def _mains(run: Artefacts, mains: list[str]) -> Html:

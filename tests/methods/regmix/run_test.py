@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import small_run
 
+from datasel import config as config_lib
 from datasel import main, metrics, workdir
 from datasel.data import mixture
-from datasel.methods.regmix import fit, study, tables
+from datasel.methods.regmix import fit, report, study, tables
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
@@ -105,6 +106,17 @@ def test_the_summary_is_that_of_the_main_models(folder):
     assert loss == metrics.read(folder / 'run', f'main-{name}', 'eval')[-1]['nll']['code']
   assert summary['beaten'] == [name for name in ('prior', 'single')
                                if summary['target']['proposal'] < summary['target'][name]]
+
+
+def test_several_targets_have_a_front_that_is_drawn(folder):
+  sampled, losses = (tables.read(folder / 'run' / name) for name in ('mixtures.csv', 'losses.csv'))
+  prior_M = sampled.values_NxC.mean(0)
+  wish = study.Wish(sampled.columns, {'code': 1.0, 'pydocs': 2.0}, prior_M, np.ones(2), {'prior': prior_M}, 1e-5)
+  found = study.study(sampled, losses, wish, config_lib.regmix(), 0)
+  values_FxK = np.array(found['front']['values'])
+  below_FxF = (values_FxK[:, None] <= values_FxK[None]).all(-1) & (values_FxK[:, None] < values_FxK[None]).any(-1)
+  assert len(values_FxK) > 2 and not below_FxF.any()
+  assert 'Pareto front: code and pydocs' in report._certainty(found, list(sampled.columns))
 
 
 def test_a_finished_run_is_left_as_it_is(folder):

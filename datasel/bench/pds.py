@@ -13,7 +13,8 @@ of 256 with 163,840 proxies at every tenth and 960 sequences of development: 64 
 for each sequence trained on.
 
 On a CPU the measure is seconds of one core: the processor time of the process, PyTorch being held to one thread, since
-what idle ones spin would count.  On other devices it is seconds.  The ceiling is the least number of matrix FLOPs, each
+what idle ones spin would count.  Ours is not: `taskset -c 0` holds both to one core, and spares ours what two cost each
+other.  On other devices it is seconds.  The ceiling is the least number of matrix FLOPs, each
 gradient counted as three forward passes, its forward-mode derivative as six more, at the rate of a matrix product
 measured in the same run.
 """

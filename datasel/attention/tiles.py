@@ -103,6 +103,8 @@ def _softmax(q: Tiles, k: Tiles, seen: jax.Array, scale: float) -> jax.Array:
 
 
 def _scores_t(q: Tiles, k: Tiles, scale: float) -> jax.Array:
+  if 'both' in q:  # q_t beside q, and k beside k_t: one product instead of two and their sum
+    return _pairs(q['both'], k['both']) * scale
   return (_pairs(q['q_t'], k['k']) + _pairs(q['q'], k['k_t'])) * scale
 
 
@@ -194,6 +196,16 @@ class Visible:
       seen &= (j_1xC > i_Qx1 - self.window) & (j_1xC < i_Qx1 + self.window)
     if segment_Qx1 is not None:
       seen &= (segment_Qx1 == segment_1xC) & (segment_Qx1 > 0)
+    return seen
+
+  def whole(self, i: jax.Array, j: jax.Array, size: int) -> jax.Array:
+    """bool: whether all queries of tile i see all keys of tile j, of `size` positions each, documents aside."""
+    first_i, last_i, first_j, last_j = i * size, (i + 1) * size - 1, j * size, (j + 1) * size - 1
+    seen = (last_i < self.length) & (last_j < self.length)
+    if self.causal:
+      seen &= last_j <= first_i
+    if self.window is not None:
+      seen &= (first_j > last_i - self.window) & (last_j < first_i + self.window)
     return seen
 
   def mean_visible(self) -> float:

@@ -137,7 +137,9 @@ def fit(program: Program, batches: Any, *, key: jax.Array, stage: str, total_ste
 @contextlib.contextmanager
 def _trace(directory: pathlib.Path, stage: str) -> Iterator[None]:
   """A trace as xprof and TensorBoard read it, in DIRECTORY/STAGE, and who holds device memory at its end, for pprof."""
-  with jax.profiler.trace(str(directory / stage)):
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0  # it hooks into all threads, of data and checkpoints too, and slows what it shows
+  with jax.profiler.trace(str(directory / stage), profiler_options=options):
     yield
   memory = directory / stage / 'memory.prof'
   with workdir.replacing(memory) as f:

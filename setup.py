@@ -39,6 +39,7 @@ EXTRAS = {
   'track': ['tensorboard>=2.20', 'trackio>=0.43', 'wandb>=0.31', 'xprof>=2.24'],
   'bench': ['torch>=2.5'],  # the peer of `datasel.bench step`, `attention` and `generate`
   'demo': ['gguf>=0.17', 'unearth>=0.17'],
+  'prox': ['datasketch>=2.0', 'openai>=2', 'trafilatura>=2.0'],
   'regmix': ['lightgbm>=4.6'],
   'test': ['accelerate>=1.0', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9',
            'torch>=2.5,<2.14',  # later wheels bring several GB of CUDA libraries
@@ -46,7 +47,7 @@ EXTRAS = {
   'dev': ['jupyterlab>=4'],
 }
 # Our tests hold everything against the real thing: transformers, lm-eval, LightGBM, seqio, Beam, the trackers.
-EXTRAS['test'] += [one for name in ('demo', 'eval', 'regmix', 'seqio', 'track') for one in EXTRAS[name]]
+EXTRAS['test'] += [one for name in ('demo', 'eval', 'prox', 'regmix', 'seqio', 'track') for one in EXTRAS[name]]
 EXTRAS['dev'] += EXTRAS['test']
 EXTRAS['all'] = EXTRAS['dev']
 

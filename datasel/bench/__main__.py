@@ -15,10 +15,10 @@ import sys
 import numpy
 
 from datasel import workdir
-from datasel.bench import attention, data, doremi, generate, pds, regmix, step
+from datasel.bench import attention, data, doremi, generate, pds, prox, regmix, step
 
 BENCHMARKS = {'attention': attention, 'data': data, 'doremi': doremi, 'generate': generate, 'pds': pds,
-              'regmix': regmix, 'step': step}
+              'prox': prox, 'regmix': regmix, 'step': step}
 
 
 def main(argv: list[str]) -> None:

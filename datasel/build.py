@@ -81,8 +81,13 @@ def seed_for(config: ml_collections.ConfigDict, role: str) -> int:
 
 
 def learning_rate(section: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
+  """Of a stage of so many steps, which may stop before its schedule ends."""
+  whole = section.schedule_steps or total_steps
+  if whole < total_steps:
+    raise ValueError(f'optimizer.schedule_steps is {whole}, but the stage has {total_steps} steps; want at least as '
+                     "many, or 0 for the stage's")
   return optim.schedule(section.schedule, peak=section.peak_lr, end=section.end_lr,
-                        warmup_steps=round(section.warmup_fraction * total_steps), total_steps=total_steps)
+                        warmup_steps=round(section.warmup_fraction * whole), total_steps=whole)
 
 
 def optimizer(section: ml_collections.ConfigDict, total_steps: int) -> optax.GradientTransformation:
@@ -169,13 +174,14 @@ def stage_program(stage: Stage, config: ml_collections.ConfigDict, mesh: jax.sha
 
 
 def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, init_role: str = 'init',
-                add_columns: Callable[[dict], dict] | None = None,
+                judged_on: Store | None = None, add_columns: Callable[[dict], dict] | None = None,
                 describe: Callable[[dict], dict] = lambda m: m,
                 also_evaluate: Callable[[Any], dict] = lambda params: {}) -> State:
   """Trains one model of a run, or finishes one that was begun: sampler, program, checkpoints and evaluation wired up.
 
-  role and init_role name the seeds of the data order and of the initial parameters; add_columns adds the stage's
-  `extra_columns` to each batch while it is read ahead; describe turns a step's metrics into values for metrics.jsonl;
+  role and init_role name the seeds of the data order and of the initial parameters; judged_on: the store whose held-out
+  sequences it is evaluated on, run.store by default; add_columns adds the stage's `extra_columns` to each batch while
+  it is read ahead; describe turns a step's metrics into values for metrics.jsonl;
   also_evaluate(params) adds values to those of each evaluation.
   """
   config, model, batch_size = run.config, stage.model, stage.batch_size
@@ -187,8 +193,8 @@ def train_stage(run: Run, stage: Stage, *, role: str, weights_M: np.ndarray, ini
                                 block=config.data.block, rows=rows)
   batches = sampler_lib.batches(sampler if add_columns is None else sampler.map(add_columns), config.data.prefetch)
   evaluate = evaluate_lib.evaluator(
-    objectives.in_microbatches(model.token_nll, stage.microbatches), run.store, run.mesh, batch_size=batch_size,
-    max_sequences=config.train.eval_sequences, rules=program.rules)
+    objectives.in_microbatches(model.token_nll, stage.microbatches), judged_on or run.store, run.mesh,
+    batch_size=batch_size, max_sequences=config.train.eval_sequences, rules=program.rules)
   rate = learning_rate(stage.optimizer or config.optimizer, stage.steps)
   rates = np.asarray(jax.vmap(rate)(np.arange(stage.steps)))
   directory = run.directory / stage.name

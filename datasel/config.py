@@ -73,7 +73,8 @@ def optimizer() -> ml_collections.ConfigDict:
   section.peak_lr = 1e-3
   section.end_lr = 1e-4
   section.schedule = 'cosine'  # 'constant', 'cosine', 'exponential', 'exponential_gap'
-  section.warmup_fraction = 0.06  # of a stage's steps
+  section.schedule_steps = 0  # at which the schedule ends, where the stage stops before; 0: with the stage
+  section.warmup_fraction = 0.06  # of the schedule's steps
   section.b1 = 0.9
   section.b2 = 0.98
   section.eps = 1e-8
@@ -214,6 +215,46 @@ def regmix() -> ml_collections.ConfigDict:
   return section
 
 
+def prox() -> ml_collections.ConfigDict:
+  """The section of ProX, as its paper has it; methods/prox/run.py says what each part does."""
+  section = ml_collections.ConfigDict()
+  section.corpus = ''  # folder of the text to refine; 'demo:pages' (real ones), or 'demo:lean' and other demo corpora
+  section.documents = 1000  # of 'demo:pages', clean ones with noise added; and of the examples, where made here
+  section.examples = ''  # folder of datasel.methods.prox.annotate; 'pairs' of demo:pages; 'rules:c4+...' of the corpus
+  section.init_from = ''  # a trained model that both refiners start from; '': one trained here on the raw text
+  section.model = model('laptop')  # of the refiners, where trained here
+  section.steps = 12_500  # of its training on raw text
+  section.batch_size = 1024
+  section.microbatches = 1
+  section.optimizer = optimizer()
+  section.optimizer.peak_lr, section.optimizer.end_lr = 5e-4, 5e-5
+  section.optimizer.warmup_fraction, section.optimizer.b2 = 0.04, 0.95  # 500 steps
+  section.optimizer.weight_decay = 0.1
+  section.document = refiner()
+  section.chunk = refiner()
+  section.refine_batch = 8  # prompts that a refiner reads at once
+  section.compat = False  # the authors' executor, with its faults
+  section.rules = 'c4,gopher,fineweb,c4+gopher+fineweb'  # filters to compare with
+  section.target = ''  # domains of the token store whose held-out loss is compared: 'wiki,c4'; '': all alike
+  section.train_main = True  # train the main model on the raw, the filtered and the refined text
+  return section
+
+
+def refiner() -> ml_collections.ConfigDict:
+  """The section of one of ProX's refiners, as its paper has it."""
+  section = ml_collections.ConfigDict()
+  section.epochs = 4
+  section.batch_size = 64  # examples
+  section.microbatches = 1
+  section.length = 2048  # tokens of a prompt and its program
+  section.template = 'plain'  # or 'llama2', as the released refiners
+  section.max_new_tokens = 256  # of a program
+  section.validation = 0  # examples that each epoch is judged on; 0: all
+  section.optimizer = optimizer()
+  section.optimizer.peak_lr, section.optimizer.end_lr, section.optimizer.b2 = 1e-5, 1e-6, 0.95
+  return section
+
+
 def regmix_1b_optimizer() -> ml_collections.ConfigDict:
   """Of the 1B models, as published."""
   section = optimizer()
@@ -274,6 +315,15 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
       section.proxies, section.held_out, section.draws = 12, 4, 2000
       section.rounds, section.added = min(section.rounds, 2), min(section.added, 4)
       section.max_epochs = 0.0
+    if 'prox' in config:
+      section = config.prox
+      section.corpus, section.examples, section.documents = 'demo:offline', 'rules:boilerplate+gopher', 200
+      section.init_from, section.model, section.target = '', model('smoke'), 'readmes,pydocs'
+      section.steps, section.batch_size, section.microbatches = 12, 8, 1
+      section.rules, section.refine_batch = 'boilerplate+gopher', 32
+      for task in ('document', 'chunk'):
+        section[task].epochs, section[task].batch_size, section[task].microbatches = 1, 8, 1
+        section[task].length, section[task].max_new_tokens, section[task].validation = 256, 48, 8
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, 1, 1
   return config.lock()
 
@@ -297,19 +347,21 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
     least |= {f'regmix.{key}': 1 for key in (
       'proxies', 'steps', 'batch_size', 'microbatches', 'rounds', 'draws', 'top')}
     least |= {f'regmix.{key}': 0 for key in ('held_out', 'chunk', 'group', 'added', 'max_epochs', 'kappa', 'kl')}
+  if 'prox' in config:
+    least |= {f'prox.{key}': 1 for key in ('documents', 'steps', 'batch_size', 'microbatches', 'refine_batch')}
   for path, smallest in least.items():
     if flat[path] < smallest:
       raise ValueError(f'config.{path} is {flat[path]}; want at least {smallest}')
   if needs_data and not config.data.store and not config.data.demo:
     raise ValueError('the run has no data: want --config.data.store=DIR, made by `python -m datasel.prepare`, or '
                      '--config.data.demo=lean')
-  for name in ('train', 'doremi', 'regmix'):
+  for name in ('train', 'doremi', 'regmix', 'prox'):
     if name in config and config[name].batch_size % config[name].microbatches:
       raise ValueError(f'config.{name}.microbatches {config[name].microbatches} does not divide '
                        f'config.{name}.batch_size {config[name].batch_size}; choose a divisor of it')
   for optimizer in [path.removesuffix('.name') for path in flat if path.endswith('optimizer.name')]:
     of = lambda key, optimizer=optimizer: (f'config.{optimizer}.{key}', flat[f'{optimizer}.{key}'])
-    for path, value in map(of, ('clip', 'weight_decay', 'eps')):
+    for path, value in map(of, ('clip', 'weight_decay', 'eps', 'schedule_steps')):
       if value < 0:
         raise ValueError(f'{path} is {value}; want 0 or more')
     for path, value in map(of, ('b1', 'b2')):

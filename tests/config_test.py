@@ -125,6 +125,12 @@ MAIN_1B = {'train.steps': 25_000, 'train.batch_size': 512, 'data.length': 2048, 
            'optimizer.schedule': 'cosine', 'optimizer.peak_lr': 4e-4, 'optimizer.end_lr': 1e-5,
            'optimizer.warmup_fraction': 0.04, 'optimizer.b1': 0.9, 'optimizer.b2': 0.95, 'optimizer.weight_decay': 0.1,
            'optimizer.clip': 1.0}
+# ProX, arXiv 2409.17115, Table 9.
+TLM = {'train.steps': 12_500, 'train.batch_size': 1024, 'data.length': 2048, 'optimizer.name': 'adamw',
+       'optimizer.schedule': 'cosine', 'optimizer.warmup_fraction': 0.04, 'optimizer.b1': 0.9, 'optimizer.b2': 0.95,
+       'optimizer.weight_decay': 0.1, 'optimizer.clip': 1.0, 'optimizer.peak_lr': 5e-4}
+TINYLLAMA = TLM | {'train.steps': 7500, 'optimizer.peak_lr': 8e-5, 'optimizer.end_lr': 8e-6,
+                   'optimizer.warmup_fraction': 0.0, 'optimizer.schedule_steps': 0}
 SWARM = {'regmix.proxies': 512, 'regmix.steps': 1000, 'regmix.batch_size': 512, 'regmix.optimizer.peak_lr': 4e-4,
          'regmix.optimizer.schedule': 'constant', 'regmix.optimizer.warmup_fraction': 0.1, 'regmix.optimizer.b2': 0.95,
          'regmix.optimizer.weight_decay': 0.1, 'regmix.temperature': 0.5, 'regmix.max_usage': 15.0,
@@ -144,6 +150,10 @@ SWARM = {'regmix.proxies': 512, 'regmix.steps': 1000, 'regmix.batch_size': 512, 
   ('pds/paper_470m', 'pds_470m', PDS | SOLVER | {'optimizer.peak_lr': 3e-4}),
   ('pds/paper_1b', 'pds_1b', PDS | SOLVER | {'optimizer.peak_lr': 2.5e-4}),
   ('pds/paper_1_7b', 'pds_1_7b', PDS | SOLVER | {'optimizer.peak_lr': 2e-4}),
+  ('pretrain/tlm_xs', 'tlm_xs', TLM | {'optimizer.end_lr': 5e-5}),
+  ('pretrain/tlm_s', 'tlm_s', TLM | {'optimizer.end_lr': 5e-6}),
+  ('pretrain/tlm_m', 'tlm_m', TLM | {'optimizer.peak_lr': 3e-4, 'optimizer.end_lr': 3e-5}),
+  ('pretrain/tlm_math', 'tinyllama_1_1b', TINYLLAMA),
   ('regmix/pile_1m', 'regmix_1b', MAIN_1B | SWARM), ('regmix/pile_1b', 'regmix_1b', MAIN_1B),
 ])
 def test_numbers_are_the_papers(name, preset, paper):
@@ -164,6 +174,15 @@ def test_regmixs_mixtures_can_be_sampled_by_its_1b_runs(name):
   assert len(weights) == 17 and max(weights, key=weights.get) == 'the_pile_pile_cc'
   counts_M = sampler.block_counts(list(weights.values()), load('regmix/pile_1b').data.block, list(weights))
   np.testing.assert_allclose(counts_M / counts_M.sum(), list(weights.values()), atol=1e-6)
+
+
+def test_a_stage_may_stop_before_its_schedule_ends():
+  section = config_lib.optimizer()
+  section.schedule_steps, section.warmup_fraction = 15_000, 0.0
+  rate, peak, end = build.learning_rate(section, 10_000), section.peak_lr, section.end_lr
+  assert rate(10_000) == pytest.approx(end + (peak - end) / 4) and rate(15_000) == pytest.approx(end)
+  with pytest.raises(ValueError, match='schedule_steps is 15000, but the stage has 20000 steps'):
+    build.learning_rate(section, 20_000)
 
 
 @pytest.mark.parametrize('name', FILES)

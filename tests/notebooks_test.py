@@ -35,6 +35,11 @@ assert len(plt.get_fignums()) == 2 and np.allclose(solver, by_hand, rtol=1e-10, 
 assert np.allclose(automatic, by_hand, rtol=1e-10, atol=1e-12) and np.allclose(retrained, by_hand, rtol=1e-6, atol=1e-8)
 assert np.corrcoef(by_hand, twice)[0, 1] < -0.99 and lowest < min(at_random) < target(uniform) < highest
 ''',
+  'prox_page': '''
+assert [outcome.kind for outcome in result.outcomes].count('applied') == 13 and result.errors == 1 and len(parts) == 3
+assert '[raw]' in text and '[raw]' not in result.text and executor.words(result.text) == 246
+assert all(differences.values()) and sum(rows['c4']) < sum(rows['by hand']) and len(plt.get_fignums()) == 1
+''',
   'regmix_law': '''
 assert judged['gp']['spearman'] > 0.985 > 0.93 > judged['linear']['spearman'] and best_M[web] == max(best_M) > 0.5
 assert curve[-1]['mse'] < curve[0]['mse'] and abs(best_M.sum() - 1) < 1e-9 and spread.max() > 0.02
@@ -49,7 +54,7 @@ assert answer_before and answer_after != answer_before
 }
 
 
-DEMO_DATA = {'smollm2'}
+DEMO_DATA = {'prox_page', 'smollm2'}
 
 
 @pytest.mark.parametrize('notebook', [

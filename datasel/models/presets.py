@@ -37,6 +37,13 @@ def _llama(vocab_size: int, n_layers: int, d_model: int, n_heads: int, n_kv_head
                  head_dim=d_model // n_heads, d_ff=d_ff, dtype='bfloat16', **more)
 
 
+def _tlm(d_model: int, n_heads: int, n_kv_heads: int, d_ff: int) -> Mistral:
+  """ProX (arXiv 2409.17115): Llama-2's architecture and tokenizer, initialised as lit-gpt does; the refiners are of the
+  smallest shape.  The numbers of key heads are those of its repository."""
+  return _llama(32_000, 24, d_model, n_heads, n_kv_heads, d_ff, init_std=(2 / 5 / d_model) ** 0.5,
+                residual_init_std=d_model**-0.5 / 24)
+
+
 _DOREMI_REPOSITORY = Mistral(
   # The released 120M proxy: GPT-2 shape with a quarter of each head rotating, vocabulary padded to a multiple of 8.
   # The original has LayerNorm with biases; everything here is bias-free RMSNorm.
@@ -69,10 +76,9 @@ PRESETS: dict[str, Mistral] = {
   'llama2_7b': _llama(32_000, 32, 4096, 32, 32, 11_008),
   'llama2_13b': _llama(32_000, 40, 5120, 40, 40, 13_824),
   'mistral_7b': _llama(32_000, 32, 4096, 32, 8, 14_336, window=4096),
-  # ProX (arXiv 2409.17115): its own small Llamas, and the refiners of the smallest shape.
-  'tlm_xs': _llama(32_000, 24, 1280, 16, 1, 2048),
-  'tlm_s': _llama(32_000, 24, 1536, 24, 2, 4864),
-  'tlm_m': _llama(32_000, 24, 2048, 32, 32, 8192),
+  'tlm_xs': _tlm(1280, 16, 1, 2048),
+  'tlm_s': _tlm(1536, 24, 2, 4864),
+  'tlm_m': _tlm(2048, 32, 32, 8192),
   'laptop': _LAPTOP,
   'laptop_small': dataclasses.replace(_LAPTOP, n_layers=2),
   'smoke': dataclasses.replace(_LAPTOP, vocab_size=1024, n_layers=2, d_model=64, n_heads=2, n_kv_heads=1, d_ff=128),

@@ -10,6 +10,7 @@ Exit status: 0 done, 143 interrupted (the same command continues it), 2 refused 
 import contextlib
 import datetime
 import errno
+import faulthandler
 import fcntl
 import json
 import logging
@@ -33,7 +34,8 @@ from datasel import command_line, workdir
 # the same order, sums in another one).  A store or a selection may have moved; the digest says that it is the same.
 _MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'data.selection',
                'train.keep_checkpoints', 'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches',
-               'pds.train_microbatches', 'pds.microbatches', 'pds.score_batch', 'pds.scorer.microbatches')
+               'pds.train_microbatches', 'pds.microbatches', 'pds.score_batch', 'pds.scorer.microbatches',
+               'prox.microbatches', 'prox.document.microbatches', 'prox.chunk.microbatches')
 _SHARED_SECONDS = 30  # until a file of one host is seen by another on any shared disk
 _REFUSED = 2
 _INTERRUPTED = 128 + 15  # the exit status that schedulers know as SIGTERM
@@ -48,8 +50,9 @@ def methods() -> dict[str, Any]:
   from datasel.methods.doremi import run as doremi
   from datasel.methods.pds import run as pds
   from datasel.methods.pretrain import run as pretrain
+  from datasel.methods.prox import run as prox
   from datasel.methods.regmix import run as regmix
-  return {'doremi': doremi, 'pds': pds, 'pretrain': pretrain, 'regmix': regmix}
+  return {'doremi': doremi, 'pds': pds, 'pretrain': pretrain, 'prox': prox, 'regmix': regmix}
 
 
 def main(argv: list[str]) -> int:
@@ -357,4 +360,5 @@ def _announce(summary: dict, directory: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
+  faulthandler.enable()  # a crash of native code says where it was
   sys.exit(main(sys.argv[1:]))

@@ -240,6 +240,21 @@ def prox() -> ml_collections.ConfigDict:
   return section
 
 
+def prox_paper(main_model: str, peak_lr: float, end_lr: float) -> ml_collections.ConfigDict:
+  """ProX as published: refiners of 0.3B whatever the main model, every model on 26.2B tokens."""
+  config = base('prox')
+  config.data.length = 2048
+  config.model = model(main_model)
+  config.train.steps, config.train.batch_size, config.train.microbatches = 12_500, 1024, 16
+  config.train.log_every, config.train.checkpoint_every = 50, 500
+  config.train.eval_every, config.train.eval_sequences = 2500, 800
+  config.prox = prox()
+  config.prox.model, config.prox.microbatches = model('tlm_xs'), 16
+  config.optimizer = config.prox.optimizer.copy_and_resolve_references()
+  config.optimizer.peak_lr, config.optimizer.end_lr = peak_lr, end_lr
+  return config
+
+
 def refiner() -> ml_collections.ConfigDict:
   """The section of one of ProX's refiners, as its paper has it."""
   section = ml_collections.ConfigDict()

@@ -41,7 +41,8 @@ def test_every_config_loads_locked_and_can_be_written_down(name, arg, tmp_path):
   flat = config_lib.flatten(config)
   # What a reader has to hold in mind: a second model or optimiser has the keys of the first, a table is one thing.
   again = ('doremi.model.', 'doremi.baseline_epochs.', 'sharding.', 'pds.model.', 'pds.optimizer.',
-           'pds.scorer.optimizer.', 'regmix.model.', 'regmix.optimizer.')
+           'pds.scorer.optimizer.', 'regmix.model.', 'regmix.optimizer.', 'prox.model.', 'prox.optimizer.',
+           'prox.chunk.', 'prox.document.optimizer.')
   assert sum(not key.startswith(again) for key in flat) <= 90
   workdir.write_json(tmp_path / 'config.json', flat)
   assert config_lib.difference(workdir.read_json(tmp_path / 'config.json'), flat) == []
@@ -194,7 +195,10 @@ def test_smoke_changes_the_size_and_not_the_method(name):
                 'pds.batch_size', 'pds.stride', 'pds.proxies', 'pds.score_batch', 'pds.scorer.held_out',
                 'pds.scorer.epochs', 'pds.scorer.batch_size', 'regmix.model.', 'regmix.steps', 'regmix.batch_size',
                 'regmix.microbatches', 'regmix.target', 'regmix.baselines', 'regmix.proxies', 'regmix.held_out',
-                'regmix.draws', 'regmix.max_epochs', 'pretrain.mixture')
+                'regmix.draws', 'regmix.max_epochs', 'pretrain.mixture', 'prox.corpus', 'prox.examples',
+                'prox.documents', 'prox.model.', 'prox.steps', 'prox.batch_size', 'prox.microbatches', 'prox.rules',
+                'prox.refine_batch', 'prox.target', *(f'prox.{task}.{key}' for task in ('document', 'chunk') for key in (
+                  'epochs', 'batch_size', 'length', 'max_new_tokens', 'validation')))
   assert not [line for line in config_lib.difference(full, smoke) if not line.startswith(may_change)]
   assert smoke['data.demo'] == 'offline' and smoke['train.steps'] <= 20
 

@@ -15,7 +15,8 @@ from datasel.data import mixture, selection
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / 'configs').rglob('*.py'))
 # Papers' sizes whose smoke forms are one another's but for the learning rate: one of them is run.
-SIZES = [file for file in FILES if file.match('pds/paper_*.py') and file.stem != 'paper_160m']
+SIZES = [file for first, others in (('pds/paper_160m.py', 'pds/paper_*.py'), ('prox/tlm_xs.py', 'prox/tlm_*.py'))
+         for file in FILES if file.match(others) and not file.match(first)]
 # ml_collections loads config files in Python 3.11's old way.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
@@ -41,12 +42,14 @@ def test_smoke_form_runs_to_its_end(file, tmp_path, capsys):
   assert (tmp_path / 'report.html').read_text(encoding='utf-8').rstrip().endswith('</html>')
   if config['method'] == 'pds':
     domains = set(selection.load(tmp_path / 'selection.npz').records)
+  elif config['method'] == 'prox':
+    domains = set(workdir.read_json(tmp_path / 'data.json')['domains'])
   else:
     weights = mixture.load(tmp_path / 'mixture.json').weights
     assert math.fsum(weights.values()) == pytest.approx(1, abs=1e-12)
     domains = set(weights)
   assert len(domains) >= 3
-  for stage in {line['stage'] for line in metrics.read(tmp_path)} - {'scorer'}:
+  for stage in {line['stage'] for line in metrics.read(tmp_path, kind='eval')}:
     trained = metrics.read(tmp_path, stage, 'train')
     assert trained[-1]['step'] == config['train.steps' if stage.startswith('main') else f'{config["method"]}.steps']
     held_out = metrics.read(tmp_path, stage, 'eval')
@@ -61,5 +64,6 @@ def test_smoke_forms_of_one_papers_sizes_are_one(file, capsys):
     assert main.main([f'--config={file}:smoke', '--workdir=unused', '--print_config']) == 0
     return json.loads(capsys.readouterr().out)
 
-  differ = config_lib.difference(printed(file.with_name('paper_160m.py')), printed(file))
-  assert [line.split(':')[0] for line in differ] == ['optimizer.end_lr', 'optimizer.peak_lr']
+  first = file.with_name({'pds': 'paper_160m.py', 'prox': 'tlm_xs.py'}[file.parent.name])
+  differ = config_lib.difference(printed(first), printed(file))
+  assert {line.split(':')[0] for line in differ} <= {'optimizer.end_lr', 'optimizer.peak_lr'} and differ

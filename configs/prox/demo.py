@@ -22,7 +22,7 @@ def get_config(arg: str = ''):
   config.optimizer.end_lr = 6e-4
 
   config.prox = config_lib.prox()
-  config.prox.corpus, config.prox.examples, config.prox.documents = 'demo:pages', 'pairs', 1000
+  config.prox.corpus, config.prox.examples, config.prox.documents = 'demo:pages', 'pairs', 580
   config.prox.target = 'c4,news,wiki'
   config.prox.model = config_lib.model('laptop')
   config.prox.steps, config.prox.batch_size = 200, 8

@@ -133,7 +133,10 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
   if section.examples.startswith(RULES):
     RuleRefiner(section.examples.removeprefix(RULES))
   elif section.examples != PAIRS:
-    examples.manifest(section.examples)
+    try:
+      examples.manifest(section.examples)
+    except FileNotFoundError as e:
+      raise ValueError(f'config.prox.examples is {section.examples!r}: {e}') from e
   tokenizer = (pretrained.find(section.init_from).tokenizer() if section.init_from
                else tokenizers.load(store.path))
   for task in examples.TASKS:

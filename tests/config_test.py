@@ -197,8 +197,9 @@ def test_smoke_changes_the_size_and_not_the_method(name):
                 'regmix.microbatches', 'regmix.target', 'regmix.baselines', 'regmix.proxies', 'regmix.held_out',
                 'regmix.draws', 'regmix.max_epochs', 'pretrain.mixture', 'prox.corpus', 'prox.examples',
                 'prox.documents', 'prox.model.', 'prox.steps', 'prox.batch_size', 'prox.microbatches', 'prox.rules',
-                'prox.refine_batch', 'prox.target', *(f'prox.{task}.{key}' for task in ('document', 'chunk') for key in (
-                  'epochs', 'batch_size', 'length', 'max_new_tokens', 'validation')))
+                'prox.refine_batch', 'prox.target',
+                *(f'prox.{task}.{key}' for task in ('document', 'chunk')
+                  for key in ('epochs', 'batch_size', 'length', 'max_new_tokens', 'validation')))
   assert not [line for line in config_lib.difference(full, smoke) if not line.startswith(may_change)]
   assert smoke['data.demo'] == 'offline' and smoke['train.steps'] <= 20
 

@@ -352,6 +352,13 @@ def _announce(summary: dict, directory: pathlib.Path) -> None:
     print('\npart of each domain that is kept')
     for name, n in sorted(summary['kept'].items(), key=lambda item: -item[1]['selected'] / max(item[1]['of'], 1)):
       print(f'  {name:24s} {n["selected"] / max(n["of"], 1):.3f}  ({n["selected"]:,} of {n["of"]:,} sequences)')
+  if 'text' in summary:
+    print('\npart of the words that is left (held-out loss of a model trained on it)')
+    loss = summary.get('target', {}).get('nll', {})
+    for name, one in summary['text'].items():
+      words = [one['statistics'][when]['words'] for when in ('after', 'before')]
+      print(f'  {name:24s} {words[0] / max(words[1], 1):.3f}' + (f'  ({loss[name]:.4f})' if name in loss else ''))
+    print(f'  {"raw":24s} 1.000' + (f'  ({loss["raw"]:.4f})' if 'raw' in loss else ''))
   files = {'weights:': 'mixture.json', 'selection:': 'selection.npz', 'report:': 'report.html'}
   there = {what: directory / file for what, file in files.items() if (directory / file).exists()}
   print()

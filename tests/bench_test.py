@@ -14,7 +14,7 @@ from torch.utils import flop_counter
 
 from datasel.attention.shapes import CASES
 from datasel.bench import __main__ as bench
-from datasel.bench import attention, data, generate, pds, regmix, step
+from datasel.bench import attention, data, generate, pds, prox, regmix, step
 from datasel.data import mixture, sampler
 
 SMALL = dict(length=64, batch_size=4, batches=3, repeats=2, domains=10, max_bytes_per_domain=20_000)
@@ -187,3 +187,17 @@ def test_the_swarms_figures_follow_from_the_times():
     assert f'{1e3 * row["seconds"]:10.2f}{row["proxies_per_hour"]:14,.1f}' in text
   with pytest.raises(ValueError, match='3 proxies cannot be spread over 4 devices'):
     regmix.run(preset='smoke', proxies=3)
+
+
+def test_programs_figures_follow_from_the_times():
+  result = prox.run(preset='smoke', batch_size=4, prompt=16, new_tokens=16, documents=4, lines=12, repeats=1)
+  text = prox.table(result)
+  for row in result['decoding'].values():
+    np.testing.assert_allclose([row['tokens_per_second'], row['chunks_per_second']],
+                               [4 * 16 / row['seconds'], 4 / row['seconds']])
+    assert f'{row["tokens_per_second"]:12,.0f}{row["chunks_per_second"]:12,.2f}{row["ratio"]:20.3f}' in text
+  for row in result['carrying_out'].values():
+    np.testing.assert_allclose(row['documents_per_second'], 4 / row['seconds'])
+  assert result['carrying_out'][prox._OURS]['ratio'] == result['decoding'][prox._FREE]['ratio'] == 1
+  with pytest.raises(ValueError, match="unknown preset 'pds'"):
+    prox.run(preset='pds')

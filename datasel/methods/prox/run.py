@@ -30,7 +30,7 @@ from datasel.data import demo
 from datasel.data import mixture as mixture_lib
 from datasel.data import tokenizer as tokenizers
 from datasel.data.store import Store
-from datasel.methods.prox import annotate, audit, demo_corpus, examples, lines, local, refine, sft, templates
+from datasel.methods.prox import annotate, audit, demo_corpus, examples, lines, local, refine, sft, templates, web_pages
 from datasel.methods.prox.refiner import Refiner
 from datasel.methods.prox.report import write_report
 from datasel.methods.prox.rule_refiner import RuleRefiner
@@ -94,8 +94,6 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
   section = config.prox
   _check(config, store)
   source = pretrained.find(section.init_from) if section.init_from else None
-  if source and source.tokenizer().digest == store.tokenizer['digest']:
-    source = dataclasses.replace(source, max_length=max(source.max_length, store.length))
   model = source.model if source else config_lib.to_model(section.model)
   base = [] if source else [_stage('base', model, config, section.steps, section.batch_size, section.microbatches,
                                    store.length, optimizer=section.optimizer)]
@@ -127,6 +125,11 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
     raise ValueError(f'config.prox.corpus is {section.corpus!r}; want a folder of text, or one of {", ".join(known)}')
   if not section.corpus.startswith('demo:'):
     corpora.Corpus(section.corpus)
+  if section.corpus == PAGES:
+    try:
+      web_pages.extractor()
+    except ImportError as e:
+      raise ValueError(f'config.prox.corpus is {PAGES!r}: {e}') from e
   if section.examples == PAIRS and section.corpus != PAGES:
     raise ValueError(f'config.prox.examples is {PAIRS!r}, which are of config.prox.corpus {PAGES!r}, not of '
                      f'{section.corpus!r}; want a folder that datasel.methods.prox.annotate made, or {RULES}NAMES')

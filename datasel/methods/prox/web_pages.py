@@ -36,7 +36,7 @@ def pairs(folder: str | os.PathLike, *, cache: str | os.PathLike | None = None) 
   cache: where archives are kept, see `demo_archives`.
   ImportError without trafilatura, demo_archives.Unavailable without the pages.
   """
-  trafilatura = _trafilatura()
+  trafilatura = extractor()
   archive = demo_archives.archive('formasaurus', cache=cache)
   key = workdir.digest([demo_archives.ARCHIVES['formasaurus'].sha256, trafilatura.__version__,
                         workdir.digest_file(__file__), workdir.digest_file(demo_sources.__file__)])
@@ -137,7 +137,8 @@ def read(path: str | os.PathLike) -> Iterator[Pair]:
         raise ValueError(f'{path}, line {number}, is no pair: {e}; want "id", "source", "noisy", "clean"') from e
 
 
-def _trafilatura():
+def extractor():
+  """The module trafilatura; ImportError says what to install."""
   try:
     import trafilatura
   except ImportError as e:

@@ -33,8 +33,8 @@ def removed(corpus: str | os.PathLike, output: audit.Output, *, most: int = MOST
   """What an output lacks of the first `most` documents of its corpus; JSON:
 
     documents: looked at;  kinds: {kind: {'there': lines of documents that stayed, 'gone': those not left as they were}}
-    characters: {'text': {'there', 'gone'}, 'noise': likewise}, of all documents whose rows have `kept`, a '0' or '1'
-      for each line; {} where none has.
+    characters: {'text': {'there', 'gone'}, 'noise': likewise}, of all documents whose rows have a string `kept` of a
+      '0' or '1' for each line, as those of `demo_corpus`; {} where none has.
   """
   kinds = {name: {'there': 0, 'gone': 0} for name in KINDS}
   characters: dict[str, dict[str, int]] = {}
@@ -48,7 +48,9 @@ def removed(corpus: str | os.PathLike, output: audit.Output, *, most: int = MOST
         counted['there'] += 1
         counted['gone'] += not left
     kept = case.fields.get('kept')
-    for (line, left), flag in zip(stays, kept or ''):
+    if not (isinstance(kept, str) and len(kept) == len(stays) and set(kept) <= set('01')):
+      continue  # another corpus's field
+    for (line, left), flag in zip(stays, kept):
       counted = characters.setdefault('text' if flag == '1' else 'noise', {'there': 0, 'gone': 0})
       counted['there'] += len(line)
       counted['gone'] += 0 if left else len(line)

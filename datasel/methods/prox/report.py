@@ -58,7 +58,7 @@ def _lead(run: Artefacts) -> Html:
   left = _share(counted['after'][size], counted['before'][size])
   shown = [(left, f'of the {size} are left by the refiners'),
            (_share(_kept(counted), audit.n_documents(counted)), 'of the documents')]
-  shown += [(number(result['f1']), f'F1 of the {task} refiner on sites it has not seen')
+  shown += [(number(result['f1']), f'F1 of the {task} refiner on sources whose programs it was not taught')
             for task, result in judged.items() if result]
   said = f'Of {count(audit.n_documents(counted))} documents the refiners leave {left} of the {size}.'
   if (target := run.summary.get('target')) and 'prox' in target['nll']:
@@ -106,9 +106,9 @@ def _left(run: Artefacts) -> Html:
 
 
 def _stages(counted: dict[str, Any]) -> Html:
-  reasons, n = counted['reasons'].get('dropped', {}), audit.n_documents(counted)
-  by_document = reasons.get('drop_doc', 0) + reasons.get('drop', 0)
-  after = n - by_document
+  reasons = counted['reasons'].get('dropped', {})
+  n = audit.n_documents(counted) - reasons.get('blank', 0)
+  after = n - reasons.get('drop_doc', 0) - reasons.get('drop', 0)
   return paragraph(f'The document refiner keeps {count(after)} of {count(n)} documents ({_share(after, n)}); of these '
                    f'the chunk refiner leaves something of {count(_kept(counted))}.')
 
@@ -161,11 +161,11 @@ def _refiners(run: Artefacts) -> Html:
     rows.append([task, number(result['f1']), number(result['precision']), number(result['recall']),
                  _share(result['exact'], 1) if 'exact' in result else NONE, failures or NONE])
   parts.append(table(['refiner', 'F1', 'precision', 'recall', 'programs exactly as wanted', 'failures'], rows,
-                     caption='On test examples, of sources that chose nothing. Documents: keeping one. Chunks: the '
-                     'lines removed'))
+                     caption='On test examples: programs of their sources neither taught nor chose anything, but a '
+                     'model trained here has read raw text. Documents: keeping one. Chunks: the lines removed'))
   files = run.summary['examples']['files']
   said = ', '.join(f'{one["examples"]} {name}' for name, one in files.items())
-  return Html(paragraph(f'Taught on programs of {run.summary["examples"]["settings"]["annotator"]}: {said}.')
+  return Html(paragraph(f'Programs of {run.summary["examples"]["settings"]["annotator"]}: {said}.')
               + panels(*parts))
 
 

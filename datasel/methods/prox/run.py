@@ -30,15 +30,28 @@ from datasel.data import demo
 from datasel.data import mixture as mixture_lib
 from datasel.data import tokenizer as tokenizers
 from datasel.data.store import Store
-from datasel.methods.prox import annotate, audit, demo_corpus, examples, lines, local, refine, sft, templates, web_pages
-from datasel.methods.prox.refiner import Refiner
+from datasel.methods.prox import (
+  annotate,
+  audit,
+  demo_corpus,
+  examples,
+  lines,
+  local,
+  pieces,
+  refine,
+  rows,
+  sft,
+  templates,
+  web_pages,
+)
+from datasel.methods.prox.refiner import Refiner, grammar_of
 from datasel.methods.prox.report import write_report
 from datasel.methods.prox.rule_refiner import RuleRefiner
 
 # As in methods/pds/run.py: what a run may be continued with while its workdir has no such folder.
 READ_FROM = {
   'base': ('prox.steps', 'prox.batch_size', 'prox.optimizer.'),
-  'refiner-document': ('prox.document.',),
+  'refiner-document': ('prox.document.', 'prox.examples'),
   'refiner-chunk': ('prox.chunk.',),
   'refined': ('prox.compat', 'prox.rules'),
   'main-*': ('model.', 'optimizer.', 'train.steps', 'train.batch_size', 'train.init_from', 'prox.target',
@@ -58,6 +71,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
   with build.begin(config, directory, store, sum(stage.flops for stage in plan.values())) as r:
     raw = processes.from_lead('making the corpus', lambda: str(_raw(config, directory)))
     taught = processes.from_lead('making the examples', lambda: str(_examples(config, directory, raw, store)))
+    processes.together('looking at the examples', lambda: _check_examples(config, directory, taught, store))
     stores = {'raw': _store(r, 'raw', raw)}
     init = section.init_from or str(directory / 'base')
     if 'base' in plan:
@@ -137,15 +151,15 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
     RuleRefiner(section.examples.removeprefix(RULES))
   elif section.examples != PAIRS:
     try:
-      examples.manifest(section.examples)
+      files = examples.manifest(section.examples)['files']
     except FileNotFoundError as e:
       raise ValueError(f'config.prox.examples is {section.examples!r}: {e}') from e
-  tokenizer = (pretrained.find(section.init_from).tokenizer() if section.init_from
-               else tokenizers.load(store.path))
+    if empty := [name for name, one in files.items() if not one['examples'] and not name.startswith('test')]:
+      raise ValueError(f'config.prox.examples is {section.examples!r}, which has no examples of {", ".join(empty)}')
+  tokenizer = _tokenizer(section, store)
   for task in examples.TASKS:
     sft.check(section[task], task, f'config.prox.{task}')
-    templates.Prompts(tokenizer, task, section[task].template, length=section[task].length,
-                      max_new_tokens=section[task].max_new_tokens)
+    _prompts(section[task], task, tokenizer)
   if not section.init_from and config_lib.to_model(section.model).vocab_size < store.vocab_size:
     raise ValueError(f'config.prox.model.vocab_size is below the {store.vocab_size} token ids of {store.path}')
   build.optimizer(section.optimizer, section.steps)
@@ -159,9 +173,7 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
 
 def _rules(section: ml_collections.ConfigDict) -> list[str]:
   names = [part.strip() for part in section.rules.split(',') if part.strip()]
-  for name in names:
-    RuleRefiner(name)
-  if len(set(names)) < len(names):
+  if len({RuleRefiner(name).fingerprint for name in names}) < len(names):
     raise ValueError(f'config.prox.rules {section.rules!r} names one twice')
   return names
 
@@ -175,7 +187,16 @@ def _target(config: ml_collections.ConfigDict, store: Store) -> list[str]:
 
 
 def _raw(config: ml_collections.ConfigDict, directory: pathlib.Path) -> pathlib.Path:
-  """The folder of the corpus to refine."""
+  """The folder of the corpus to refine; ValueError for one of too few documents."""
+  folder = _corpus(config, directory)
+  train = corpora.Corpus(folder).sources['train']
+  n = sum(pieces.count_rows(source) for sources in train.values() for source in sources)
+  if n < _FEWEST:
+    raise ValueError(f'config.prox.corpus: {folder} has {n} documents to train on; want at least {_FEWEST}')
+  return folder
+
+
+def _corpus(config: ml_collections.ConfigDict, directory: pathlib.Path) -> pathlib.Path:
   section = config.prox
   if section.corpus == PAGES:
     demo_corpus.build(directory / 'raw', directory / 'examples', documents=section.documents, holdout=_HOLDOUT,
@@ -191,10 +212,7 @@ def _examples(config: ml_collections.ConfigDict, directory: pathlib.Path, raw: s
   section, folder = config.prox, directory / 'examples'
   if section.examples != PAIRS and not section.examples.startswith(RULES):
     return pathlib.Path(section.examples)
-  tokenizer = pretrained.find(section.init_from).tokenizer() if section.init_from else tokenizers.load(store.path)
-  prompts = templates.Prompts(tokenizer, 'chunk', section.chunk.template, length=section.chunk.length,
-                              max_new_tokens=section.chunk.max_new_tokens)
-  counter = annotate.Counter(prompts=prompts)
+  counter = annotate.Counter(prompts=_prompts(section.chunk, 'chunk', _tokenizer(section, store)))
   if section.examples == PAIRS:
     pairs = annotate.demo_pairs(folder, synthetic=section.documents, seed=config.seed)
     annotate.from_pairs(pairs, folder, counter=counter, seed=config.seed)
@@ -202,6 +220,33 @@ def _examples(config: ml_collections.ConfigDict, directory: pathlib.Path, raw: s
     seeds = annotate.choose(raw, section.documents, seed=config.seed)
     annotate.from_rules(seeds, folder, section.examples.removeprefix(RULES), counter=counter, seed=config.seed)
   return folder
+
+
+def _check_examples(config: ml_collections.ConfigDict, directory: pathlib.Path, taught: str, store: Store) -> None:
+  """ValueError where a refiner could not be taught, before the model that it starts from is trained."""
+  section = config.prox
+  tokenizer = _tokenizer(section, store)
+  model = pretrained.find(section.init_from).model if section.init_from else config_lib.to_model(section.model)
+  for task in examples.TASKS:
+    if build.is_finished(directory / sft.name(task)):
+      continue
+    prompts = _prompts(section[task], task, tokenizer)
+    grammar = grammar_of(prompts, model.vocab_size)
+    for split in ('train', 'validation'):
+      found = rows.encode(examples.read(taught, split, task), prompts, grammar)
+      if not len(found):
+        raise ValueError(f'{taught} has no {split} example of a {task} that can be used (left out: {found.left_out}); '
+                         f'want more of them, from more sources, or a longer config.prox.{task}.length')
+
+
+def _tokenizer(section: ml_collections.ConfigDict, store: Store) -> tokenizers.Tokenizer:
+  """Of the refiners."""
+  return pretrained.find(section.init_from).tokenizer() if section.init_from else tokenizers.load(store.path)
+
+
+def _prompts(section: ml_collections.ConfigDict, task: str, tokenizer: tokenizers.Tokenizer) -> templates.Prompts:
+  return templates.Prompts(tokenizer, task, section.template, length=section.length,
+                           max_new_tokens=section.max_new_tokens)
 
 
 def _left(output: audit.Output) -> int:

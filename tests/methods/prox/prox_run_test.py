@@ -9,7 +9,7 @@ import small_run
 
 from datasel import main, metrics, workdir
 from datasel.data import corpus as corpora
-from datasel.methods.prox import audit, lines, run
+from datasel.methods.prox import audit, examples, lines, refine, rule_refiner, run
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
@@ -153,11 +153,32 @@ def test_interrupted_while_refining_it_ends_with_the_same_bits(folder, monkeypat
   assert small_run.timeless(folder / 'killed') == small_run.timeless(folder / 'run')
 
 
+def test_examples_that_teach_nothing_are_refused_before_the_base_is_trained(folder, tmp_path, capsys):
+  one = lambda split, task, text, program: {split: {task: [examples.Example(split, split, text, 0, program)]}}
+  long = {split: one(split, 'document', 'A text.', 'keep_doc()')[split] | one(
+    split, 'chunk', 'word ' * 1000, 'keep_chunk()')[split] for split in ('train', 'validation')}
+  examples.write(tmp_path / 'sft', long, {'annotator': 'by hand'})
+  assert command(folder, tmp_path / 'run', f'--config.prox.examples={tmp_path / "sft"}') == 1
+  assert 'no train example of a chunk that can be used' in capsys.readouterr().err
+  assert not (tmp_path / 'run/base').exists()
+
+
+def test_a_field_called_kept_may_mean_something_else(folder, tmp_path):
+  rows = [{'id': f'{n}', 'text': f'Text {n}.\nMore of it.', 'kept': kept}
+          for n, kept in enumerate([True, 'yes', '01', 3])]
+  (tmp_path / 'in/train').mkdir(parents=True)
+  (tmp_path / 'in/train/web.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  output = refine.refine(tmp_path / 'in', tmp_path / 'out', rule_refiner.RuleRefiner('boilerplate'))
+  found = lines.removed(tmp_path / 'in', output)
+  assert found['documents'] == 4
+  assert {name: one['there'] for name, one in found['characters'].items()} == {'noise': 7, 'text': 11}
+
+
 @pytest.mark.parametrize(('key', 'value', 'message'), [
   ('corpus', '', 'want a folder of text, or one of demo:pages'), ('corpus', 'demo:nothing', 'demo:pages, demo:offline'),
   ('corpus', '/nowhere', 'is not a folder'), ('examples', '/nowhere', 'holds no whole set of examples'),
   ('examples', 'pairs', "are of config.prox.corpus 'demo:pages'"), ('examples', 'rules:c5', 'want some of boilerplate'),
-  ('rules', 'c5', 'want some of boilerplate'), ('rules', 'c4,c4', 'names one twice'),
+  ('rules', 'c5', 'want some of boilerplate'), ('rules', 'c4+gopher,gopher+c4', 'names one twice'),
   ('target', 'wiki', 'has no domain wiki'),
   ('document.length', 12, 'leaves none for the text of a document'), ('chunk.template', 'chat', "template 'chat'"),
   ('chunk.epochs', 0, 'config.prox.chunk.epochs is 0'), ('chunk.optimizer.schedule', 'steep', 'unknown learning-rate'),

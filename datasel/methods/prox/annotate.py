@@ -6,7 +6,8 @@
   python -m datasel.methods.prox.annotate --out SFT --corpus CORPUS --endpoint http://localhost:8000/v1 --model NAME
 
 writes the files of `examples`.  The demo's pairs are real web pages, and clean documents with noise from such pages.
-Run again, it goes on where it was stopped, and does nothing where the examples are there.  --dry_run only counts.
+Run again, it goes on where it was stopped, and does nothing where the examples are there; but questions that failed are
+asked again.  --dry_run only counts.
 Exit status: 0 done, 2 refused, 1 anything else.
 """
 
@@ -32,6 +33,7 @@ from datasel.methods.prox.templates import Prompts
 logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 24_000  # of a document that a language model is asked about
+_FAILED = 'answers failed'
 _CODE = [workdir.digest_file(one.__file__) for one in (chunks, executor, judge, labels, programs, rules)]
 
 
@@ -108,7 +110,8 @@ def from_endpoint(seeds: Iterable[Seed], out: str | pathlib.Path, endpoint: endp
                   max_removed: float = judge.MAX_REMOVED) -> dict[str, Any]:
   """Examples of a language model's answers; those that can't be used are left out, and counted in `measured`.
 
-  Documents of over 24,000 characters are not asked about.  Raises endpoint.Unusable.
+  Documents of over 24,000 characters are not asked about.  Where questions failed, `measured` has how many 'answers
+  failed', and the next run asks them again.  Raises endpoint.Unusable.
   """
   counter, seeds = counter or Counter(), list(seeds)
 
@@ -119,6 +122,7 @@ def from_endpoint(seeds: Iterable[Seed], out: str | pathlib.Path, endpoint: endp
     kept = []
     for one in short:
       two = list(itertools.islice(answers, 2))
+      measured[_FAILED] += sum(answer.failed for answer in two)
       points = judge.scores([answer.text for answer in two])
       if points is None:
         reason = next((answer.error for answer in two if answer.error), 'no scores')
@@ -132,6 +136,7 @@ def from_endpoint(seeds: Iterable[Seed], out: str | pathlib.Path, endpoint: endp
     answers = endpoint.ask(question for _, chunk in parts for question in judge.program_questions(chunk))
     for one, chunk in parts:
       three = list(itertools.islice(answers, len(judge.KINDS)))
+      measured[_FAILED] += sum(answer.failed for answer in three)
       reason = next((answer.error for answer in three if answer.error), '')
       if not reason:
         program, reason = judge.merged(chunk, [answer.text for answer in three], max_removed=max_removed)
@@ -140,6 +145,9 @@ def from_endpoint(seeds: Iterable[Seed], out: str | pathlib.Path, endpoint: endp
       else:
         yield None, [_chunk_example(one, chunk, program)]
     logger.info('%s', endpoint.summary())
+    if measured[_FAILED]:
+      logger.warning('UNFINISHED: %d questions failed, and what they were about is left out; the same command asks '
+                     'them again', measured[_FAILED])
 
   settings = {'annotator': f'endpoint {endpoint.model}', 'temperature': endpoint.temperature,
               'max_removed': max_removed, 'max_characters': MAX_CHARACTERS, 'documents': workdir.digest(seeds)}
@@ -188,11 +196,22 @@ def _write(out: str | pathlib.Path, made: Callable, settings: dict[str, Any], co
       told = time.monotonic()
       logger.info('%d annotated', n + 1)
   logger.info('annotated in %.1f s', time.monotonic() - started)
+  _refuse_empty(chosen)
   return examples.write(out, chosen, settings, measured={key: count for key, count in measured.items() if count})
 
 
+def _refuse_empty(chosen: dict[str, dict[str, list[examples.Example]]]) -> None:
+  """ValueError unless there is something to train on and something to validate on."""
+  counts = {split: len(chosen[split]['document']) for split in ('train', 'validation')}
+  if not all(counts.values()):
+    sources = {one.source for split in examples.SPLITS for one in chosen[split]['document']}
+    raise ValueError(f'{counts["train"]} documents to train on and {counts["validation"]} to validate on, of '
+                     f'{len(sources)} sources in all; want at least 1 of each: raise --documents, or the number of '
+                     'pairs and of their sources, or the shares in --fractions')
+
+
 def _done(out: str | pathlib.Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-  """The manifest, where whole examples of these settings are there."""
+  """The manifest, where whole examples of these settings are there, and no question failed."""
   try:
     facts = examples.manifest(out)
     for split, task in itertools.product(examples.SPLITS, examples.TASKS):
@@ -202,14 +221,15 @@ def _done(out: str | pathlib.Path, settings: dict[str, Any]) -> dict[str, Any] |
   except ValueError as e:
     logger.warning('%s', e)
     return None
-  return facts if facts['settings'] == settings else None
+  return facts if facts['settings'] == settings and not facts['measured'].get(_FAILED) else None
 
 
 def main(argv: list[str]) -> int:
   """The command line; returns the exit status."""
   options = _parser().parse_args(argv)
   logging.basicConfig(level=logging.INFO, stream=sys.stderr, format='%(asctime)s %(message)s', datefmt='%H:%M:%S')
-  logging.getLogger('httpx').setLevel(logging.WARNING)  # it tells of every request
+  for name in ('httpx', 'openai'):  # they tell of every request
+    logging.getLogger(name).setLevel(logging.WARNING)
   try:
     for line in run(options):
       print(line, flush=True)

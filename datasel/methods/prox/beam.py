@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
     if output is None:
       raise RuntimeError(f'the Beam job is done, but {args.out}.partial lacks pieces: is that folder one and the same '
                          'for all workers and for this process?  Put it where all see it')
-    print(tables.statistics(output.statistics, {}))
+    print(tables.statistics(output.statistics, {}), flush=True)
+    refining_job.require_train(output)
   except (ValueError, OSError, RuntimeError, ImportError) as e:
     sys.exit(f'{parser.prog}: {e}')
 

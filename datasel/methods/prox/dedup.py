@@ -109,7 +109,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--workers', type=int, default=1, help='processes')
   args = parser.parse_args(argv)
   try:
-    print(tables.statistics(dedup(args.corpus, args.out, workers=args.workers, **options(args)).statistics, {}))
+    output = dedup(args.corpus, args.out, workers=args.workers, **options(args))
+    print(tables.statistics(output.statistics, {}), flush=True)
+    refining_job.require_train(output)
   except local.Interrupted as e:
     _log.warning('%s', e)
     sys.exit(143)

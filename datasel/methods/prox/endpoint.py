@@ -18,6 +18,7 @@ from datasel import workdir
 
 logger = logging.getLogger(__name__)
 
+CUT_OFF = 'cut off'
 MAX_FAILURES = 20  # one after the other: then the endpoint is taken to be gone
 CHARACTERS_PER_TOKEN = 4  # for what a dry run estimates
 
@@ -39,6 +40,11 @@ class Answer:
   text: str
   cached: bool = False
   error: str = ''
+
+  @property
+  def failed(self) -> bool:
+    """Whether a later run asks again."""
+    return self.error not in ('', CUT_OFF)
 
 
 @dataclasses.dataclass
@@ -192,7 +198,7 @@ class Endpoint:
 
 def _answer(got: dict[str, Any], cached: bool) -> Answer:
   # Half an answer may read as a whole one that says less.
-  return Answer('', cached, 'cut off') if got['finished'] == 'length' else Answer(got['answer'], cached)
+  return Answer('', cached, CUT_OFF) if got['finished'] == 'length' else Answer(got['answer'], cached)
 
 
 def _messages(question: Question) -> Sequence[dict[str, str]]:

@@ -6,8 +6,8 @@
 
 import argparse
 import collections
+import contextlib
 import dataclasses
-import difflib
 import itertools
 import logging
 import os
@@ -19,23 +19,31 @@ from typing import Any, NamedTuple
 
 from datasel import workdir
 from datasel.data import corpus as corpora
-from datasel.methods.prox import audit, pieces
+from datasel.methods.prox import audit, executor, pieces
+from datasel.methods.prox import programs as language
 
 _COLOURS = {'-': '31', '+': '32', 'head': '1', 'soft': '2'}
 _CONTEXT = 2  # unchanged lines shown beside a changed one
 _WIDEST = 400  # characters of a line
-# Control characters, marks that turn the direction of text, and other separators of lines.
-_UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+# Control characters, marks that turn the direction of text, other separators of lines, and what has neither ink nor
+# width: soft hyphens, zero-width spaces, word joiners, byte order marks, tags.
+_UNSEEN = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff'
+                     '\ud800-\udfff\U000e0000-\U000e007f]')
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One document.  domain: 'train/web'.  after: '' where it was dropped.  fields: of its row, beside id and text."""
+  """One document.
+
+  domain: 'train/web'.  after: '' where it was dropped.  fields: of its row, beside id and text.  compat: whether its
+  programs were carried out by the authors' executor.
+  """
   domain: str
   record: dict[str, Any]
   before: str
   after: str
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+  compat: bool = False
 
 
 def cases(output: audit.Output, corpus: str | os.PathLike, *, decision: str | None = None, domain: str | None = None,
@@ -62,23 +70,63 @@ def cases(output: audit.Output, corpus: str | os.PathLike, *, decision: str | No
         if document is None:
           raise ValueError(f'{corpus} has no row {row} in {piece.source}; give the corpus that was refined')
         left = audit.replay(document.text, record, compat=compat).text
-        yield Case(name, record, document.text, left, document.fields)
+        yield Case(name, record, document.text, left, document.fields, compat)
 
 
 class Pair(NamedTuple):
   """A line, numbered as in programs, and what it became: the same, another, or None where it was removed."""
-  number: int | None
-  old: str | None
+  number: int
+  old: str
   new: str | None
 
 
-def pairs(before: str, after: str) -> list[Pair]:
-  """A document's lines side by side."""
-  old, new = before.split('\n'), after.split('\n') if after else []
-  found: list[Pair] = []
-  for _, i, j, k, m in difflib.SequenceMatcher(None, old, new).get_opcodes():
-    found += itertools.starmap(Pair, itertools.zip_longest(range(i, j), old[i:j], new[k:m]))
-  return found
+def pairs(case: Case) -> list[Pair]:
+  """A document's lines side by side, in linear time: those that its programs removed, and what the others became.
+
+  ValueError for a text that is not the one that the programs leave.
+  """
+  old, new = case.before.split('\n'), case.after.split('\n') if case.after else []
+  depths = [0] * (len(old) + 1)  # how many more calls remove a line than the one before it
+  for start, stop in _removed(case, len(old)):
+    depths[min(max(start, 0), len(old))] += 1
+    depths[min(stop, len(old))] -= 1
+  gone = [depth > 0 for depth in itertools.accumulate(depths[:-1])]
+  if (want := gone.count(False)) != len(new):
+    raise ValueError(f'{case.record["id"]!r} has {len(new)} lines left, and its programs leave {want}')
+  left = iter(new)
+  return [Pair(n, line, None if out else next(left)) for n, (line, out) in enumerate(zip(old, gone))]
+
+
+def _removed(case: Case, n_lines: int) -> Iterator[tuple[int, int]]:
+  """The (start, stop) of the lines that each call removed; they may go beyond the text, and overlap."""
+  decision = case.record['decision']
+  if decision == 'dropped':
+    yield 0, n_lines
+  if decision != 'edited':
+    return
+  if case.compat:  # anywhere in the document
+    yield from _authors_ranges('\n'.join(chunk['program'] for chunk in case.record['chunks']))
+    return
+  for chunk in case.record['chunks']:
+    kinds = [kind for _, kind in chunk['outcomes']]
+    if kinds.count('refused') + kinds.count('out of range') >= executor.MAX_ERRORS:
+      continue  # left as it was
+    for call in language.parse(chunk['program']):
+      if isinstance(call, language.RemoveAll):
+        yield chunk['start'], chunk['stop']
+      elif isinstance(call, language.RemoveLines) and chunk['start'] <= call.start < chunk['stop']:
+        yield call.start, min(call.end + 1, chunk['stop'])
+
+
+def _authors_ranges(program: str) -> Iterator[tuple[int, int]]:
+  """As `executor` reads them in compat, of an edited document: one whose lines were all removed would be dropped."""
+  for line in program.strip(' ').split('\n'):
+    if line.startswith('remove_lines') and (begin := line.find('(')) >= 0:
+      values = [part.split('=', 2)[1:2] for part in line[begin + 1:line.find(')')].split(',')]
+      with contextlib.suppress(IndexError, ValueError):
+        start, end = int(values[0][0]), int(values[1][0])
+        if 0 <= end and start <= end:
+          yield start, end + 1
 
 
 def folded(lines: list[Pair]) -> list[Pair | int]:
@@ -95,8 +143,10 @@ def folded(lines: list[Pair]) -> list[Pair | int]:
 
 
 def headline(case: Case) -> str:
+  """One line."""
   record = case.record
-  return (f'{record["id"]}  {case.domain}  {record["decision"]}: {record["reason"]}  {record["before"]["words"]:,} -> '
+  identity = record['id'].replace('\n', r'\n')
+  return (f'{identity}  {case.domain}  {record["decision"]}: {record["reason"]}  {record["before"]["words"]:,} -> '
           f'{record["after"]["words"]:,} words')
 
 
@@ -119,16 +169,15 @@ def terminal(case: Case, *, colour: bool) -> str:
   """One document for a terminal: nothing in it can move the cursor or change a colour but our own."""
   paint = lambda name, text: f'\x1b[{_COLOURS[name]}m{text}\x1b[0m' if colour else text
   lines = [paint('head', visible(headline(case))), *(paint('soft', visible(line)) for line in programs(case))]
-  for pair in folded(pairs(case.before, case.after)):
+  for pair in folded(pairs(case)):
     if isinstance(pair, int):
       lines.append(paint('soft', f'    ... {pair} lines as they were'))
       continue
-    _, old, new = pair
-    number = '     ' if pair.number is None else f'{pair.number:5d}'
+    number, old, new = pair
     if old == new:
-      lines.append(f'{number}   {visible(old)}')
+      lines.append(f'{number:5d}   {visible(old)}')
     else:
-      lines += [paint(mark, f'{number} {mark} {visible(line)}') for mark, line in (('-', old), ('+', new))
+      lines += [paint(mark, f'{number:5d} {mark} {visible(line)}') for mark, line in (('-', old), ('+', new))
                 if line is not None]
   return '\n'.join(lines) + '\n'
 
@@ -140,7 +189,7 @@ def visible(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-  r"""The text with every control character but tab and newline written out: \x1b."""
+  r"""The text with every control character but tab and newline written out, and what can't be seen: \x1b."""
   return _UNSEEN.sub(lambda match: match[0].encode('unicode_escape', 'surrogatepass').decode(), text)
 
 
@@ -158,6 +207,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--html', type=pathlib.Path, help='writes a page to this file')
   args = parser.parse_args(argv)
   try:
+    if args.n < 1:
+      raise ValueError(f'-n {args.n}; want at least 1 document')
     output = audit.Output(args.out)
     chosen = itertools.islice(cases(output, args.corpus, decision=args.decision, domain=args.domain,
                                     reason=args.reason, identity=args.identity), args.n)

@@ -84,7 +84,7 @@ def _case(case: inspect.Case, unfolded: bool) -> Html:
   rest = inspect.visible(f'{record["reason"]} · {case.domain} · {record["id"]} · {record["before"]["words"]:,} → '
                          f'{record["after"]["words"]:,} words')
   summary = element('summary', element('b', record['decision']), ' ', rest)
-  rows = [_row(pair) for pair in inspect.folded(inspect.pairs(case.before, case.after))]
+  rows = [_row(pair) for pair in inspect.folded(inspect.pairs(case))]
   programs = '\n'.join(map(inspect.visible, inspect.programs(case)))
   diff = element('table', _COLUMNS, element('tbody', *rows), class_='diff')
   return element('details', summary, element('pre', programs), diff, class_=f'case {record["decision"]}',
@@ -95,14 +95,12 @@ def _case(case: inspect.Case, unfolded: bool) -> Html:
 def _row(pair: inspect.Pair | int) -> Html:
   if isinstance(pair, int):
     return element('tr', element('td', f'{pair} lines as they were', colspan='3'), class_='fold')
-  number = element('td', '' if pair.number is None else pair.number, class_='number')
+  number = element('td', pair.number, class_='number')
   old, new = pair.old, pair.new
   if old == new:
     return element('tr', number, element('td', inspect.visible(old)), element('td', inspect.visible(new)))
-  if old is None or new is None:
-    left = element('td') if old is None else element('td', inspect.visible(old), class_='out')
-    right = element('td') if new is None else element('td', inspect.visible(new), class_='in')
-    return element('tr', number, left, right)
+  if new is None:
+    return element('tr', number, element('td', inspect.visible(old), class_='out'), element('td'))
   left, right = _marked(old, new)
   return element('tr', number, element('td', *left, class_='out'), element('td', *right, class_='in'))
 

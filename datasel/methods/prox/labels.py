@@ -10,14 +10,17 @@ import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from datasel.methods.prox import chunks, executor, programs
 from datasel.methods.prox.examples import Example
 
 MIN_CLEAN = 400  # characters; a document whose clean text has fewer is dropped
 _MIN_SHARED = 0.5  # of a line's characters: what a within-line deletion must leave
+_MAX_EQUAL = 200_000  # pairs of equal lines, or of equal words of two lines: the time of a comparison grows with them
+_MAX_TRIED = 10_000_000  # characters read to find which line another one might be after deletions
 
+_KEEP = programs.serialise([programs.KeepChunk()])
 _TOKEN = re.compile(r'\s+|\w+|[^\w\s]')
 
 
@@ -61,6 +64,7 @@ def label(pair: Pair, count_tokens: Callable[[list[str]], Sequence[int]], *, max
   ValueError where `kept` is not one for each noisy line, or `clean` is not the kept lines.
   """
   noisy, clean = pair.noisy.split('\n'), pair.clean.split('\n') if pair.clean else []
+  aligned: list[str | None] | None
   if pair.kept is None:
     aligned = align(noisy, clean)
   else:
@@ -75,7 +79,9 @@ def label(pair: Pair, count_tokens: Callable[[list[str]], Sequence[int]], *, max
     return Labelled(document, (), collections.Counter(), True, len(noisy), 0, 0, '')
   made, skipped, spans, written = [], collections.Counter(), [], []
   for chunk in chunks.split([pair.noisy], count_tokens, max_tokens=max_tokens)[0]:
-    program, reason = chunk_program(chunk, aligned[chunk.start:chunk.stop])
+    program, reason = _KEEP, 'too many lines to compare'
+    if aligned is not None:
+      program, reason = chunk_program(chunk, aligned[chunk.start:chunk.stop])
     spans.append((chunk.start, chunk.stop))
     written.append(program)
     if reason:
@@ -91,19 +97,21 @@ def label(pair: Pair, count_tokens: Callable[[list[str]], Sequence[int]], *, max
 def chunk_program(chunk: chunks.Chunk, wanted: Sequence[str | None]) -> tuple[str, str]:
   """The program that makes a chunk's lines the wanted ones, None for a line to remove; and why it is no example, or ''.
 
-  A chunk without an example is kept as it is: 'one line too long' for its refiner, or of 'too many calls'.
+  A chunk without an example is kept as it is: 'one line too long' for its refiner, of 'too many calls', or with 'a line
+  too long to compare'.
   """
-  keep = programs.serialise([programs.KeepChunk()])
   if chunk.skipped:
-    return keep, 'one line too long'
+    return _KEEP, 'one line too long'
   calls: list[programs.Call] = [*removals([line is not None for line in wanted], chunk.start)]
   for before, after in zip(chunk.text.split('\n'), wanted):
     if after is not None and after != before:
-      calls += _deletions(before, after, chunk.text)
+      if (spans := spans_deleted(before, after)) == []:
+        return _KEEP, 'a line too long to compare'
+      calls += _deletions(before, spans or (), chunk.text)
   try:
-    return (programs.serialise(calls) if calls else keep), ''
+    return (programs.serialise(calls) if calls else _KEEP), ''
   except ValueError:
-    return keep, 'too many calls'
+    return _KEEP, 'too many calls'
 
 
 def removals(kept: Sequence[bool], start: int) -> list[programs.RemoveLines]:
@@ -117,11 +125,15 @@ def removals(kept: Sequence[bool], start: int) -> list[programs.RemoveLines]:
   return calls
 
 
-def align(noisy: Sequence[str], clean: Sequence[str]) -> list[str | None]:
+def align(noisy: Sequence[str], clean: Sequence[str]) -> list[str | None] | None:
   """What each noisy line should become: itself, a clean line that deletions in it give, or None, to be removed.
 
-  Where the clean lines are among the noisy ones in order, they are all found.
+  Where the clean lines are among the noisy ones in order, they are all found.  Else None instead of the list for texts
+  of so many lines alike, or so many rewritten ones, that comparing them would take too long.
   """
+  if not _comparable(noisy, clean):
+    whole = _subsequence(noisy, clean)
+    return whole and [line if kept else None for line, kept in zip(noisy, whole)]
   aligned: list[str | None] = [None] * len(noisy)
   unmatched: list[tuple[range, range]] = []
   i = j = 0
@@ -133,13 +145,16 @@ def align(noisy: Sequence[str], clean: Sequence[str]) -> list[str | None]:
     # The longest common runs are not always part of the longest common sequence.
     if (whole := _subsequence(noisy, clean)) is not None:
       return [line if kept else None for line, kept in zip(noisy, whole)]
+    tried = sum(len(clean_lines) * sum(len(noisy[k]) for k in noisy_lines) for noisy_lines, clean_lines in unmatched)
+    if tried > _MAX_TRIED:
+      return None
     for noisy_lines, clean_lines in unmatched:
       _align_inside(noisy, clean, noisy_lines, clean_lines, aligned)
   return aligned
 
 
 def _subsequence(noisy: Sequence[str], clean: Sequence[str]) -> list[bool] | None:
-  """Which noisy lines are the clean ones, the last that will do; None where the clean ones are not all among them."""
+  """Which noisy lines (or words) are the clean ones, the last that will do; None where not all of these are there."""
   kept, j = [False] * len(noisy), len(clean)
   for i in reversed(range(len(noisy))):
     if j and noisy[i] == clean[j - 1]:
@@ -159,10 +174,17 @@ def _align_inside(noisy: Sequence[str], clean: Sequence[str], noisy_lines: range
 
 
 def spans_deleted(before: str, after: str) -> list[tuple[int, int]] | None:
-  """The (start, stop) of what was deleted from `before`, whole words and signs; None where more than that was done."""
-  old, new = _TOKEN.findall(before), _TOKEN.findall(after)
-  if not after or len(new) >= len(old):
+  """The (start, stop) of what was deleted from `before`, whole words and signs; None where more than that was done.
+
+  [] for lines of so many words alike that comparing them would take too long.
+  """
+  if not 0 < len(after) < len(before):
     return None
+  old, new = _TOKEN.findall(before), _TOKEN.findall(after)
+  if _subsequence(old, new) is None:
+    return None
+  if not _comparable(old, new):
+    return []
   spans, offsets = [], [0, *itertools.accumulate(map(len, old))]
   for kind, i1, i2, _, _ in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
     if kind == 'delete':
@@ -172,10 +194,15 @@ def spans_deleted(before: str, after: str) -> list[tuple[int, int]] | None:
   return spans
 
 
-def _deletions(before: str, after: str, text: str) -> list[programs.Normalize]:
+def _comparable(old: Sequence[str], new: Sequence[str]) -> bool:
+  counts = collections.Counter(new)
+  return sum(counts[one] for one in old) <= _MAX_EQUAL
+
+
+def _deletions(before: str, spans: Iterable[tuple[int, int]], text: str) -> list[programs.Normalize]:
   """Calls for what is deleted from a line, where each source is in the chunk's text once and the executor takes it."""
   calls = []
-  for start, stop in spans_deleted(before, after) or ():
+  for start, stop in spans:
     source = before[start:stop]
     # The executor refuses sources of white space or one or two letters, and only it knows which.
     if text.count(source) == 1 and executor.execute(text, programs.serialise([programs.Normalize(source)])).errors == 0:

@@ -155,7 +155,7 @@ def _run(piece: Piece, documents: Callable[[int], Iterator[corpus.Document]], fo
                          'that do not change')
       refined = work(batch, first) if batch else []
       counted = _checked(piece, refined)
-      text_file.write(audit.member(row for document, one in zip(batch, refined) if (row := _row(document, one))))
+      text_file.write(_text(piece, first, batch, refined))
       audit_file.write(audit.member(one.record for one in refined))
       for file in (text_file, audit_file):
         file.flush()
@@ -198,6 +198,20 @@ def _checked(piece: Piece, refined: list[refining.Refined]) -> dict[str, Any]:
   if audit.n_documents(counted) != len(refined):
     raise RuntimeError(f'{piece.name}: {len(refined)} documents, {counted["documents"]}; a bug of datasel')
   return counted
+
+
+def _text(piece: Piece, first: int, batch: list[corpus.Document], refined: list[refining.Refined]) -> bytes:
+  """What the batch adds to the file of documents; ValueError names a field that JSON has no word for."""
+  try:
+    return audit.member(row for document, one in zip(batch, refined) if (row := _row(document, one)))
+  except ValueError:
+    for number, document in enumerate(batch, first + 1):
+      for name, value in document.fields.items():
+        try:
+          audit.member([{name: value}])
+        except ValueError as e:
+          raise ValueError(f'{piece.source}, row {number}, column {name!r}: {e}') from e
+    raise
 
 
 def _row(document: corpus.Document, one: refining.Refined) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import pathlib
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from datasel.data import corpus as corpora
@@ -84,7 +85,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--dry_run', type=int, metavar='N', help='refine N documents, show what became of them, and stop')
   args = parser.parse_args(argv)
   try:
-    print(_run(args))
+    for text in _run(args):
+      print(text, flush=True)
   except local.Interrupted as e:
     _log.warning('%s', e)
     sys.exit(128 + signal.SIGTERM)
@@ -110,7 +112,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
           'batch': args.batch}
 
 
-def _run(args: argparse.Namespace) -> str:
+def _run(args: argparse.Namespace) -> Iterator[str]:
   of_model = args.document_refiner or args.chunk_refiner
   if bool(args.rules) + bool(of_model) + bool(args.programs_of) != 1:
     raise ValueError('want one of --rules, --programs_of, or --document_refiner with or without --chunk_refiner')
@@ -123,23 +125,27 @@ def _run(args: argparse.Namespace) -> str:
     refiner = models.Refiner.load(args.document_refiner, args.chunk_refiner)
   else:
     refiner = None
-  if args.dry_run:
+  if args.dry_run is not None:
     if refiner is None:
       raise ValueError('--dry_run with --programs_of: want --rules or a model')
-    pairs, counted = dry_run(args.corpus, refiner, args.dry_run, compat=args.compat)
-    return _shown(pairs, counted)
+    if args.dry_run < 1:
+      raise ValueError(f'--dry_run {args.dry_run}; want at least 1 document')
+    yield _shown(*dry_run(args.corpus, refiner, args.dry_run, compat=args.compat), args.compat)
+    return
   output = refine(args.corpus, args.out, refiner, workers=args.workers, shard=args.shard, **options(args))
   if output is None:
-    return f'shard {args.shard[0]}/{args.shard[1]} is done'
-  return tables.statistics(output.statistics, getattr(refiner, 'flops_per_token', {}))
+    yield f'shard {args.shard[0]}/{args.shard[1]} is done'
+    return
+  yield tables.statistics(output.statistics, getattr(refiner, 'flops_per_token', {}))
+  refining_job.require_train(output)
 
 
-def _shown(pairs: list[tuple[corpora.Document, refining.Refined]], counted: dict[str, Any]) -> str:
+def _shown(pairs: list[tuple[corpora.Document, refining.Refined]], counted: dict[str, Any], compat: bool) -> str:
   """The statistics, and an example or two of each decision."""
   shown: dict[str, list[str]] = {decision: [] for decision in audit.DECISIONS}
   for document, one in pairs:
     if len(shown[one.record['decision']]) < _EXAMPLES:
-      case = inspect.Case('dry run', one.record, document.text, one.text)
+      case = inspect.Case('dry run', one.record, document.text, one.text, compat=compat)
       shown[one.record['decision']].append(inspect.terminal(case, colour=sys.stdout.isatty()))
   return '\n'.join([*itertools.chain.from_iterable(shown.values()), tables.total(counted, {})])
 

@@ -83,10 +83,15 @@ def plan(job: Job) -> dict[str, Any]:
   """The plan of the job's output, made now if there is none: {settings, sources: [{name, split, domain, rows, sha256,
   state}]}.
 
-  ValueError for an output, finished or begun, of other settings or another corpus, naming what differs.
+  ValueError for an output, finished or begun, of other settings or another corpus, naming what differs, and for one in
+  a folder that the corpus's documents are read from.
   """
   listed = corpora.Corpus(job.corpus)
   out = pathlib.Path(job.out)
+  for split in corpora.SPLITS:
+    if out.resolve().is_relative_to((listed.path / split).resolve()):
+      raise ValueError(f'{out} is in {listed.path / split}, where it would be read as a part of the corpus; give '
+                       'another --out')
   with locked(job, 'counting documents'):
     for path in (out / 'manifest.json', job.folder / 'plan.json'):
       if path.exists():
@@ -144,10 +149,18 @@ def finish(job: Job, planned: dict[str, Any]) -> audit.Output | None:
         return None
       _assemble(job.folder, planned, list(map(workdir.read_json, paths)))
       os.replace(job.folder, out)
+    for leftover in out.rglob('.*.tmp-*'):  # of a file that was being written at a kill
+      leftover.unlink(missing_ok=True)
     for leftover in ('pieces', 'signatures', 'copies'):
       shutil.rmtree(out / leftover, ignore_errors=True)
     (out / 'plan.json').unlink(missing_ok=True)
   return audit.Output(out)
+
+
+def require_train(output: audit.Output) -> None:
+  """ValueError where not one train document is left, for then the output is no corpus."""
+  if not any(_left(counted) for name, counted in output.statistics['domains'].items() if name.startswith('train/')):
+    raise ValueError(f'every train document was dropped: {output.path} is no corpus, and only its audit/ is of use')
 
 
 def _assemble(folder: pathlib.Path, planned: dict[str, Any], entries: Sequence[dict[str, Any]]) -> None:
@@ -159,22 +172,40 @@ def _assemble(folder: pathlib.Path, planned: dict[str, Any], entries: Sequence[d
     if audit.n_documents(statistics) != piece.stop - piece.start:
       raise RuntimeError(f'{piece.name}: {piece.stop - piece.start} documents read, {statistics.get("documents")} '
                          'accounted for; a bug of datasel')
-    if not _left(statistics):  # an empty file would be a domain without documents
+    audit.add(domains.setdefault(_domain(piece), {}), statistics)
+    audit.add(total, statistics)
+  for domain, statistics in domains.items():
+    if not _left(statistics):
+      _log.warning('%s: all of its %d documents were dropped', domain, audit.n_documents(statistics))
+    elif _untrained(domain, domains):
+      _log.warning('%s: its %d documents that are left are not in the output, for all train documents of this domain '
+                   'were dropped', domain, _left(statistics))
+  for entry in entries:
+    piece = Piece(**entry['piece'])
+    # An empty file would be a domain without documents, and `prepare` wants no validation without train documents.
+    if not _left(entry['statistics']) or _untrained(_domain(piece), domains):
       (folder / pieces.file_names(piece)[0]).unlink(missing_ok=True)
       del entry['files'][pieces.file_names(piece)[0]]
     for name, stated in entry['files'].items():
       audit.check_file(folder / name, stated)
     files |= entry['files']
-    audit.add(domains.setdefault(piece.name.rpartition('-')[0], {}), statistics)
-    audit.add(total, statistics)
-  for domain, statistics in domains.items():
-    if not _left(statistics):
-      _log.warning('%s: all of its %d documents were dropped', domain, audit.n_documents(statistics))
   workdir.write_json(folder / 'statistics.json', {'total': audit.in_order(total),
                                                   'domains': {name: audit.in_order(domains[name]) for name in domains}})
   files['statistics.json'] = audit.describe(folder / 'statistics.json')
   workdir.write_json(folder / 'manifest.json', planned | {'pieces': [entry['piece'] for entry in entries],
                                                           'files': files})
+
+
+def _domain(piece: Piece) -> str:
+  """'train/web'."""
+  return piece.name.rpartition('-')[0]
+
+
+def _untrained(domain: str, domains: dict[str, Any]) -> bool:
+  """Whether it is a validation domain whose train documents were all dropped."""
+  split, _, name = domain.partition('/')
+  train = domains.get(f'train/{name}')
+  return split == 'validation' and train is not None and not _left(train)
 
 
 def _left(statistics: dict[str, Any]) -> int:

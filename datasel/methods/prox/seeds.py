@@ -1,9 +1,10 @@
 """What is annotated: documents of a corpus, and the demo's pairs."""
 
+import contextlib
 import hashlib
 import heapq
+import itertools
 import pathlib
-import urllib.parse
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,20 +24,42 @@ class Seed(NamedTuple):
 
 
 def choose(folder: str | pathlib.Path, documents: int, *, seed: int = 0) -> list[Seed]:
-  """So many train documents of a corpus, by hash of their ids; all, where there are fewer.  Blank ones are passed over.
+  """So many train documents of a corpus, by hash of their ids; all, where there are fewer.
+
+  Blank ones are passed over, and so are those with the id and text of another one of their domain.  Of different ones
+  with the same id all but one have '#2', '#3', ... after it.
+  ValueError for fewer than one document.
   """
-  found = ((hashlib.sha256(f'{seed}\0{domain}\0{document.id}'.encode()).digest(), f'{domain}/{document.id}',
-            source_of(domain, document), document.text)
-           for domain, sources in corpora.Corpus(folder).sources['train'].items()
-           for source in sources for document in corpora.documents(source) if document.text.strip())
-  return [Seed(*row[1:]) for row in heapq.nsmallest(documents, found)]
+  if documents < 1:
+    raise ValueError(f'{documents} documents to annotate; want at least 1')
+  found: dict[tuple[bytes, str, str], str] = {}  # (place, id, text): source
+  for domain, sources in corpora.Corpus(folder).sources['train'].items():
+    for document in itertools.chain.from_iterable(map(corpora.documents, sources)):
+      if document.text.strip():
+        place = hashlib.sha256(f'{seed}\0{domain}\0{document.id}'.encode()).digest()
+        found.setdefault((place, f'{domain}/{document.id}', document.text), source_of(domain, document))
+        if len(found) >= 2 * documents + 1000:  # what is in memory is bounded
+          found = {key: found[key] for key in heapq.nsmallest(documents, found)}
+  chosen = heapq.nsmallest(documents, found)
+  seeds, ids, numbers = [], {id for _, id, _ in chosen}, {}
+  for key in chosen:
+    _, id, text = key
+    unique, numbers[id] = id, numbers.get(id, 0) + 1
+    while numbers[id] > 1 and (unique := f'{id}#{numbers[id]}') in ids:
+      numbers[id] += 1
+    ids.add(unique)
+    seeds.append(Seed(unique, found[key], text))
+  return seeds
 
 
 def source_of(domain: str, document: corpora.Document) -> str:
-  """The site that a document's URL names; else the domain and document that it is a part of."""
+  """The site that a document's URL names; without one, the domain and document that it is a part of."""
   url = document.fields.get('url')
-  if isinstance(url, str) and urllib.parse.urlsplit(url).hostname:
-    return web_pages.host(url)
+  if isinstance(url, str):
+    with contextlib.suppress(ValueError):  # no URL, or none of a site
+      site = web_pages.host(url)
+      site.encode()  # not of half a surrogate pair, which no file can hold
+      return site
   return f'{domain}:{document.id.rpartition("#")[0] or document.id}'
 
 
@@ -45,8 +68,10 @@ def demo_pairs(folder: str | pathlib.Path, *, synthetic: int = 1000, seed: int =
   """The demo's pairs: real pages, and `synthetic` clean documents with noise, all of these in the train split.
 
   The noise is of pages in the train split of this seed and these fractions.  FOLDER/pages.jsonl keeps the real ones.
-  ValueError where the demo corpus has fewer clean documents in the train split.
+  ValueError where the demo corpus has fewer clean documents in the train split, and for `synthetic` below 0.
   """
+  if synthetic < 0:
+    raise ValueError(f'{synthetic} synthetic pairs wanted; want at least 0')
   split = lambda source: examples.split_of(source, seed=seed, fractions=tuple(fractions))
   real = web_pages.pairs(folder, cache=cache)
   if not synthetic:

@@ -79,6 +79,8 @@ def token(file: str | None) -> Iterator[tuple[str, pathlib.Path]]:
 
 def serve(options: argparse.Namespace) -> None:
   """Serves until SIGTERM or SIGINT."""
+  if not 0 <= options.port <= 65535:
+    raise ValueError(f'--port {options.port}; want 0 to 65535')
   if not (options.host == 'localhost' or ipaddress.ip_address(options.host).is_loopback) and not options.token_file:
     raise ValueError(f'--host {options.host} is open to others; want --token_file, with the token they are to have')
   endpoints, about = {}, {}

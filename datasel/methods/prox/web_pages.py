@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 MIN_NOISY = 500  # characters
 MIN_FOUND = 0.6  # of the extraction's characters must be whole lines of the page
+_COLUMNS = ('id', 'source', 'noisy', 'clean')  # of a file of pairs, beside 'kept'
 _SHORT = 25  # a line of so many characters or fewer is kept only if it is a line of the extraction
 _ENGLISH = frozenset('the of and to in a is for that with on as it by at from this be are you your or'.split())
 _LANGUAGE = re.compile(r'<html\b[^>]*\blang\s*=\s*["\']?([a-z]+)', re.IGNORECASE)
@@ -130,11 +131,18 @@ def read(path: str | os.PathLike) -> Iterator[Pair]:
       try:
         row = json.loads(line)
         kept = row.pop('kept', None)
-        if any(not isinstance(value, str) for value in row.values()):
-          raise ValueError('a value that is no string')
+        if set(row) != set(_COLUMNS):
+          raise ValueError(f'its columns are {", ".join(sorted(row))}')
+        for name, value in row.items():
+          if not isinstance(value, str):
+            raise ValueError(f'"{name}" is no string')
+          value.encode()
         yield Pair(**row, kept=None if kept is None else tuple(one == '1' for one in kept))
+      except UnicodeEncodeError as e:
+        raise ValueError(f'{path}, line {number}, is no pair: half of a surrogate pair is no character ({e})') from e
       except (ValueError, TypeError, AttributeError) as e:
-        raise ValueError(f'{path}, line {number}, is no pair: {e}; want "id", "source", "noisy", "clean"') from e
+        raise ValueError(f'{path}, line {number}, is no pair: {e}; want {", ".join(_COLUMNS)} and, where it is known, '
+                         'kept') from e
 
 
 def extractor():

@@ -219,6 +219,25 @@ def test_documents_are_chosen_by_hash_and_their_parts_are_one_source(corpus):
   assert annotate.choose(corpus, 5) == every[:5] != annotate.choose(corpus, 5, seed=1)
 
 
+def test_no_document_is_chosen_twice_and_no_id_used_twice(corpus):
+  row = {'text': 'An apple a day.', 'url': 'https://x.example/'}
+  rows = [row, row, {'text': 'A bridge.'}, *({'id': 'a', 'text': text} for text in ('one', 'two', 'two', 'three')),
+          {'id': 'a#2', 'text': 'four'}]
+  (corpus / 'train' / 'web.jsonl').write_text(''.join(json.dumps(one) + '\n' for one in rows))
+  chosen = {one.id: one.text for one in annotate.choose(corpus, 100) if one.id.startswith('web/')}
+  assert sorted(chosen.values()) == sorted({'An apple a day.', 'A bridge.', 'one', 'two', 'three', 'four'})
+  assert {'web/a', 'web/a#2', 'web/a#3', 'web/a#4'} <= set(chosen) and chosen['web/a#2'] == 'four'
+  assert len(annotate.choose(corpus, 3)) == 3
+  with pytest.raises(ValueError, match='0 documents to annotate'):
+    annotate.choose(corpus, 0)
+
+
+@pytest.mark.parametrize('url', ['http://[invalid', 'http://', 'http://\ud800.example/', 7, None])
+def test_a_url_of_no_site_says_nothing_of_the_source(corpus, url):
+  (corpus / 'train' / 'web.jsonl').write_text(json.dumps({'id': 'a#1', 'text': 'An apple.', 'url': url}) + '\n')
+  assert {one.source for one in annotate.choose(corpus, 100)} == {'web:a', 'books:book'}
+
+
 def test_rules_become_examples(corpus, tmp_path):
   assert annotate.main(['--out', str(tmp_path / 'sft'), '--corpus', str(corpus), '--rules', 'c4']) == 0
   document = [one for split in examples.SPLITS for one in examples.read(tmp_path / 'sft', split, 'document')]
@@ -301,11 +320,36 @@ def test_questions_hold_the_text_and_ask_for_what_is_read():
 @pytest.mark.parametrize('flags, text', [
   ([], 'want one of --demo'), (['--demo', '--pairs', 'x'], 'want one of --demo'),
   (['--corpus', 'x'], 'with --rules or --endpoint'), (['--corpus', 'x', '--endpoint', 'y'], '--endpoint and --model'),
-  (['--pairs', 'nowhere.jsonl'], 'nowhere.jsonl')])
+  (['--pairs', 'nowhere.jsonl'], 'nowhere.jsonl'), (['--demo', '--synthetic', '-1'], '-1 synthetic pairs')])
 def test_wrong_flags_are_refused(tmp_path, capsys, flags, text):
   assert annotate.main(['--out', str(tmp_path), *flags]) == 2
   assert text in capsys.readouterr().err
   assert not list(pathlib.Path(tmp_path).iterdir())
+
+
+def test_examples_that_nothing_could_be_trained_or_validated_on_are_not_written(tmp_path):
+  for fractions in ((1, 0, 0), (0, 1, 0)):
+    with pytest.raises(ValueError, match=r'to validate on, of 4 sources in all; want at least 1 of each: raise'):
+      annotate.from_pairs(some_pairs(10), tmp_path, fractions=fractions)
+  with pytest.raises(ValueError, match='0 documents to train on and 0 to validate on'):
+    annotate.from_pairs([], tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_would_take_long_to_compare_is_left_out_and_counted():
+  rng = random.Random(3)
+  body = [f'This is line {n} of a text that goes on about the {word}.' for n, word in enumerate(WORDS)]
+  long = rng.choices(WORDS[:8], k=20_000)
+  fewer = ' '.join(word for word in long if rng.random() < 0.7)
+  labelled = labels.label(pair(['Menu', *body, ' '.join(long)], [*body, fewer]), one_each, max_tokens=7, min_clean=0)
+  assert labelled.skipped == {'a line too long to compare': 1}
+  assert [one.program for one in labelled.chunks] == ['remove_lines(start=0, end=0)']
+  lines = [' '.join(rng.choices(WORDS, k=12)) for _ in range(3000)]
+  rewritten = labels.label(pair(lines, [f'{line} !' for line in lines]), one_each, max_tokens=1000, min_clean=0)
+  assert rewritten.skipped == {'too many lines to compare': 3} and not rewritten.chunks
+  blanks = [line for text in lines for line in (text, '', 'Menu', '')]  # alike, but only removed
+  made = pair(blanks, [line for line in blanks if line != 'Menu'])
+  assert labels.label(made, one_each, max_tokens=600, min_clean=0).exact
 
 
 def test_exact_means_what_the_executor_gives():

@@ -128,6 +128,14 @@ def test_processes_and_the_cut_in_files_change_no_document(root, tmp_path):
   assert _copies(tmp_path / 'whole') == _copies(root / 'out')
 
 
+def test_a_corpus_that_is_all_copies_of_its_validation_documents_is_said_to_be_none(tmp_path):
+  for split in ('train', 'validation'):
+    (tmp_path / 'corpus' / split).mkdir(parents=True)
+    (tmp_path / 'corpus' / split / 'a.jsonl').write_bytes(jsonl(ORIGINALS[:3]))
+  with pytest.raises(SystemExit, match='every train document was dropped'):
+    dedup.main(['--corpus', str(tmp_path / 'corpus'), '--out', str(tmp_path / 'out')])
+
+
 def test_stopped_at_any_batch_it_ends_with_the_same_bytes(root, tmp_path):
   stops = collections.Counter()
 

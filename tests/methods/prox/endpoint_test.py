@@ -4,6 +4,7 @@ import collections
 import contextlib
 import http.server
 import json
+import logging
 import random
 import threading
 import time
@@ -196,13 +197,42 @@ def answers(user, attempt):
   return 200, completion('```\nkeep_chunk()\n```'), 0
 
 
-def test_a_models_answers_become_examples(serve, tmp_path):
-  rng, file = random.Random(2), tmp_path / 'corpus' / 'train' / 'web.jsonl'
+def pages(folder):
+  """A corpus of 17 documents of 4 sites."""
+  rng, file = random.Random(2), folder / 'train' / 'web.jsonl'
   file.parent.mkdir(parents=True)
   rows = [{'id': f'{n}', 'url': f'https://site{n % 4}.example/', 'text': '\n'.join(
     ['Menu', *(f'{" ".join(rng.choices(WORDS, k=9))} and the end of that.' for _ in range(rng.randint(6, 9)))])}
     for n in range(17)]
   file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+
+
+def test_what_failed_is_said_and_asked_again_by_the_same_command(serve, tmp_path, caplog):
+  pages(tmp_path / 'corpus')
+  broken = [True]
+
+  def some(user, attempt):
+    chunk = 'navigation at its beginning' in user and 'x' * (len(user) % 2)
+    return (500, {}, 0) if broken[0] and chunk else answers(user, attempt)
+
+  server = serve(some)
+  flags = ['--out', str(tmp_path / 'sft'), '--corpus', str(tmp_path / 'corpus'), '--endpoint', server.url,
+           '--model', 'm', '--retries', '1']
+  with caplog.at_level(logging.INFO):
+    assert annotate.main(flags) == 0
+  failed = examples.manifest(tmp_path / 'sft')['measured']['answers failed']
+  assert failed and f'UNFINISHED: {failed} questions failed' in caplog.text
+  assert not {record.name.partition('.')[0] for record in caplog.records} & {'httpx', 'openai'}
+  broken[0] = False
+  asked = len(server.seen)
+  assert annotate.main(flags) == 0
+  facts = examples.manifest(tmp_path / 'sft')
+  assert len(server.seen) == asked + failed and 'answers failed' not in facts['measured']
+  assert annotate.main(flags) == 0 and len(server.seen) == asked + failed
+
+
+def test_a_models_answers_become_examples(serve, tmp_path):
+  pages(tmp_path / 'corpus')
   server = serve(answers)
   flags = ['--out', str(tmp_path / 'sft'), '--corpus', str(tmp_path / 'corpus'), '--endpoint', server.url,
            '--model', 'm']

@@ -60,6 +60,54 @@ def test_prepare_takes_the_output_as_it_is(root):
   assert sum(store.counts(split)['anonymous']['documents'] for split in corpora.SPLITS) == left['train', 'anonymous']
 
 
+def _few(root):
+  """A corpus of web, and of bad, whose train documents are too short."""
+  web = rows()[:12]
+  for name, some in {'train/web': web, 'train/bad': [{'text': f'x {n}'} for n in range(3)], 'validation/web': web[:3],
+                     'validation/bad': web[3:6]}.items():
+    path = root / f'{name}.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(jsonl(some))
+  return root
+
+
+def test_a_domain_without_train_documents_leaves_no_validation_documents_behind(tmp_path, caplog):
+  output = refine.refine(_few(tmp_path / 'corpus'), tmp_path / 'out', Refiner(), **CUT)
+  assert set(_documents(output.path)) == {('train', 'web'), ('validation', 'web')}
+  assert 'validation/bad: its 3 documents that are left are not in the output' in caplog.text
+  assert not [name for name in output.manifest['files'] if name.startswith('validation/bad')]
+  output.verify()
+  prepare.train_tokenizer(output.path, tmp_path / 't.json', vocab_size=400, max_bytes_per_domain=30_000)
+  assert prepare.prepare(output.path, tmp_path / 'store', tmp_path / 't.json', length=64).domains == ('web',)
+
+
+def test_an_output_without_any_train_document_is_finished_and_the_command_says_that_it_is_no_corpus(tmp_path):
+  (_few(tmp_path / 'corpus') / 'train/web.jsonl').unlink()
+  (tmp_path / 'corpus/validation/web.jsonl').unlink()
+  for _ in range(2):
+    done = subprocess.run(_command(tmp_path / 'corpus', tmp_path / 'out'), capture_output=True, text=True)
+    assert done.returncode == 1 and 'every train document was dropped' in done.stderr and 'train/bad' in done.stdout
+  assert len(list(audit.Output(tmp_path / 'out').records())) == 6
+
+
+def test_what_a_kill_leaves_half_written_is_removed(root, tmp_path):
+  job = refining_job.make(root / 'corpus', tmp_path / 'out', Refiner(), **CUT)
+  planned = refining_job.plan(job)
+  refining_job.do(job, refining_job.pieces_of(planned), lambda _: None, lambda: False)
+  for name in ('.manifest.json.tmp-7', '.statistics.json.tmp-8', 'audit/train/.help-00000.jsonl.gz.tmp-9'):
+    (job.folder / name).write_bytes(b'half')
+  refining_job.finish(job, planned)
+  assert content(tmp_path / 'out') == content(root / 'out')
+
+
+def test_an_output_among_the_corpuss_own_files_is_refused(tmp_path):
+  corpus = _few(tmp_path / 'corpus')
+  for place in ('train/new', 'train/web/new', 'validation'):
+    with pytest.raises(ValueError, match='would be read as a part of the corpus'):
+      refine.refine(corpus, corpus / place, Refiner())
+  assert len(list(corpus.rglob('*'))) == 6
+
+
 def test_stopped_after_any_batch_with_more_on_disk_than_was_noted_it_ends_with_the_same_bytes(root, tmp_path):
   out = tmp_path / 'out'
   job = refining_job.make(root / 'corpus', out, Refiner(), **CUT)
@@ -215,7 +263,7 @@ def test_fields_of_a_table_are_carried_as_json_has_them(tmp_path):
   assert (one.id, one.fields) == ('7', {'when': '2024-02-03', 'quality': 0.5, 'tags': ['a']})
   assert math.isnan(other.fields.pop('quality')) and other.fields == {'when': '2024-02-03', 'tags': None}
   pyarrow.parquet.write_table(table.append_column('raw', [[b'\x00', b'']]), tmp_path / 'corpus/train/web.parquet')
-  with pytest.raises(ValueError, match='a field holds bytes'):
+  with pytest.raises(ValueError, match=r"train/web\.parquet, row 1, column 'raw': a field holds bytes"):
     refine.refine(tmp_path / 'corpus', tmp_path / 'other', Refiner())
 
 
@@ -280,3 +328,7 @@ def test_what_cannot_be_asked_for_is_refused(root, tmp_path):
   done = subprocess.run(_command(root / 'corpus', tmp_path / 'out', '--programs_of', 'x'), capture_output=True,
                         text=True)
   assert done.returncode == 1 and 'want one of --rules' in done.stderr
+  for n in ('0', '-3'):
+    with pytest.raises(SystemExit, match='want at least 1 document'):
+      refine.main(['--corpus', str(root / 'corpus'), '--out', str(tmp_path / 'out'), '--rules', 'c4', '--dry_run', n])
+  assert not list(tmp_path.iterdir())

@@ -407,6 +407,7 @@ def test_a_token_file_is_made_once_and_refused_where_others_may_read_it(tmp_path
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
+  (['--rules', 'c4', '--port', '99999'], 'want 0 to 65535'),
   (['--rules', 'c4', '--host', '0.0.0.0'], 'open to others; want --token_file'), ([], 'nothing to serve'),
   (['--rules', 'c5'], "rules 'c5'"), (['--rules', 'c4', '--chunk_refiner', 'x'], 'want one of them')])
 def test_what_cannot_be_served_is_refused(arguments, message, capsys):

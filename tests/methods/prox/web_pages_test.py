@@ -101,6 +101,16 @@ def test_an_archive_without_urls_is_refused(tmp_path):
     list(web_pages.pages(archive_of(tmp_path / 'a.tar.gz', {'https://a.example': html(TEXT)}, index=False)))
 
 
+@pytest.mark.parametrize('change, text', [
+  ({'url': 'x'}, r'line 2, is no pair: its columns are clean, id, noisy, source, url; want id, source, noisy, clean'),
+  ({'noisy': '\ud800'}, 'line 2, is no pair: half of a surrogate pair'), ({'id': 3}, 'line 2, .*"id" is no string')])
+def test_a_line_that_is_no_pair_is_named(tmp_path, change, text):
+  row = {'id': 'a', 'source': 's', 'noisy': 'x', 'clean': 'x'}
+  (tmp_path / 'p.jsonl').write_text(f'{json.dumps(row)}\n{json.dumps(row | change)}\n')
+  with pytest.raises(ValueError, match=text):
+    list(web_pages.read(tmp_path / 'p.jsonl'))
+
+
 def test_pairs_come_back_from_their_file(tmp_path):
   pairs = [labels.Pair('a', 's', 'x\n\u2028y', 'x', (True, False)), labels.Pair('b', 's', 'x', '')]
   web_pages.write(tmp_path / 'p.jsonl', pairs)

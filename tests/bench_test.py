@@ -201,3 +201,6 @@ def test_programs_figures_follow_from_the_times():
   assert result['carrying_out'][prox._OURS]['ratio'] == result['decoding'][prox._FREE]['ratio'] == 1
   with pytest.raises(ValueError, match="unknown preset 'pds'"):
     prox.run(preset='pds')
+  for sizes in ({'documents': 0}, {'lines': 5}):
+    with pytest.raises(ValueError, match='want at least 1, of at least 6'):
+      prox.run(preset='smoke', **sizes)

@@ -21,6 +21,7 @@ from datasel.methods.prox import executor, grammar, vocabulary
 from datasel.models.mistral import Mistral
 from datasel.models.presets import PRESETS
 
+_LINES = 6  # what the program that is carried out speaks of
 _FREE, _BOUND = 'no grammar', 'grammar'
 _OURS, _THEIRS, _LIMIT = 'executor', "executor, the authors' algorithm", 'lines split and joined'
 
@@ -29,6 +30,8 @@ def run(*, preset: str = '', batch_size: int = 8, prompt: int = 128, new_tokens:
         lines: int = 60, tokenizer: str = '', repeats: int = 5) -> dict[str, Any]:
   """Medians.  preset has a default by device; prompt and new_tokens are lengths; lines: of each document; tokenizer: a
   folder or file, by default a vocabulary of bytes and pairs as large as the preset's."""
+  if documents < 1 or lines < _LINES:
+    raise ValueError(f'{documents} documents of {lines} lines; want at least 1, of at least {_LINES}')
   on_cpu = jax.default_backend() == 'cpu'
   preset = preset or ('regmix_1m' if on_cpu else 'tlm_xs')
   if preset not in PRESETS:

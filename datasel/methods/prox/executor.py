@@ -9,7 +9,7 @@ Zhou et al. 2024, arXiv 2409.17115, and its released code.
 import dataclasses
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from datasel.methods.prox.programs import (
@@ -31,6 +31,7 @@ COMPAT_SCANS, COMPAT_SLACK = 4096, 10 ** 6  # how far the authors' unbounded rep
 
 LEVELS = ('chunk', 'document')
 _LABEL = re.compile(r'\[[0-9]{3,}\]')
+_ESCAPED = str.maketrans({'\n': r'\n', '\r': r'\r', '\t': r'\t'})
 
 
 class Outcome(NamedTuple):
@@ -69,12 +70,13 @@ def execute(text: str, program: str | Sequence[str], *, level: str = 'chunk', co
   with spans, one of each chunk.  spans: the chunks' (start, stop), lines from 0, stop not included; they are all of the
   document's lines, in order.  Line numbers are the document's, as they were before any edit.
 
-  A chunk's normalizes come first, in order, then its removals.  A source must be more than white space and two letters
-  or digits, without a line break, and its target without control characters; one copied with its line's label is
-  looked for without.  A chunk of two errors or more is left as it was.  An edited document is dropped if at most 1 of
-  20 of its words or 10 words in all are left, a blank one always; one that no call changed is kept.  A chunk never
-  grows by more than its program's length.  The time is linear in the lengths of text and programs, for a program has
-  at most 256 calls.
+  A chunk's normalizes come first, in order, then its removals.  A source must be more than white space and two
+  letters or digits, without a line break, and its target without control characters.  One that isn't there is looked
+  for in other spellings: without its line's label and a space after that; and, with a line break or tab of a
+  backslash that was not doubled, as `\\nabla`, with the backslash.  A chunk of two errors or more is left as it was.
+  An edited document is dropped if at most 1 of 20 of its words or 10 words in all are left, a blank one always; one
+  that no call changed is kept.  A chunk never grows by more than its program's length.  The time is linear in the
+  lengths of text and programs, for a program has at most 256 calls.
 
   compat: the authors' text; the programs of `spans` are joined, as they do.  Where they raise, on a blank text, it is
   dropped with the error's name as the reason.  What they would do without bound is not done: replacements that read
@@ -101,7 +103,7 @@ def execute(text: str, program: str | Sequence[str], *, level: str = 'chunk', co
 
 def words(text: str) -> int:
   """The number of words: runs of letters, digits and their marks; in scripts without spaces, every letter is one."""
-  return len(_WORD.findall(text))
+  return _ascii_words(text) if text.isascii() else len(_WORD.findall(text))
 
 
 def _check(text: str, programs: list[str], spans: Sequence[tuple[int, int]]) -> None:
@@ -156,7 +158,7 @@ def _chunks(text: str, programs: list[str], spans: Sequence[tuple[int, int]] | N
   need = max(MIN_WORDS, lost // (MIN_KEPT - 1) + 1)
   if not _has_words(after, need):
     left = words(after)
-    if left * MIN_KEPT <= words(text):
+    if _has_words(text, left * MIN_KEPT):
       return Result('', 'dropped', f'at most 1 of {MIN_KEPT} words left', *audit)
     if left < MIN_WORDS:
       return Result('', 'dropped', f'fewer than {MIN_WORDS} words left', *audit)
@@ -191,7 +193,7 @@ def _chunk(n: int, text: str, start: int, stop: int, program: str) -> tuple[str 
   if ranges:
     kept = _without(text.split('\n'), ranges)
     left = '\n'.join(kept)
-    return left if kept else None, outcomes, lost + len(text) - len(left)
+    return left if kept else None, outcomes, lost + _most_words(len(text) - len(left), text)
   return text, outcomes, lost
 
 
@@ -209,15 +211,15 @@ def _fault(n: int, fault: Fault) -> Outcome:
 
 
 def _normalized(n: int, text: str, call: Normalize, longest: int) -> tuple[str, Outcome, int]:
-  spellings = [(call.source, call.target)]
-  if label := _LABEL.match(call.source):
-    spellings.append((call.source[label.end():], call.target.removeprefix(label[0])))
-  for source, target in spellings:
+  refused = ''
+  for source, target in _spellings(call):
     core = source.strip()
     if not core or len(core) <= 2 and core.isalnum():
-      return text, Outcome(n, call, 'refused', 'a source of white space, or of two letters or digits'), 0
+      refused = refused or 'a source of white space, or of two letters or digits'
+      continue
     if '\n' in source or _CONTROL.search(target):
-      return text, Outcome(n, call, 'refused', 'a line break, or a control character in the target'), 0
+      refused = refused or 'a line break, or a control character in the target'
+      continue
     if len(target) < len(source):
       after = text.replace(source, target)
       count = (len(text) - len(after)) // (len(source) - len(target))
@@ -227,9 +229,23 @@ def _normalized(n: int, text: str, call: Normalize, longest: int) -> tuple[str, 
         return text, Outcome(n, call, 'refused', 'the text would grow by more than the program'), 0
       after = text.replace(source, target) if count else text
     if count:
-      # Each occurrence may have been a word a character, and have parted two.
-      return after, Outcome(n, call, 'applied'), count * (len(source) + 1)
-  return text, Outcome(n, call, 'no match'), 0
+      # Each occurrence may have been all words, and have parted two.
+      return after, Outcome(n, call, 'applied'), count * (_most_words(len(source), text) + 1)
+  return text, Outcome(n, call, 'refused' if refused else 'no match', refused), 0
+
+
+def _spellings(call: Normalize) -> Iterator[tuple[str, str]]:
+  """The sources and targets that a call may mean, the likeliest first."""
+  pairs = [(call.source, call.target)]
+  if not call.source.isprintable() and (source := call.source.translate(_ESCAPED)) != call.source:
+    pairs.append((source, call.target.translate(_ESCAPED)))
+  for source, target in pairs:
+    yield source, target
+    if label := _LABEL.match(source):
+      source, target = source[label.end():], target.removeprefix(label[0])
+      yield source, target
+      if source.startswith(' '):
+        yield source[1:], target.removeprefix(' ')
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -342,7 +358,20 @@ _WORD = re.compile(rf"[{_UNSPACED_LETTERS}]|{_SPACED_LETTER}+(?:['\u2019{_MARKS}
 _CONTROL = re.compile(r'[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]')
 
 
+_NO_WORD = bytes(b if chr(b).isalnum() else ord(' ') for b in range(128)) + b' ' * 128
+
+
+def _ascii_words(text: str) -> int:
+  """`words` of what is ASCII in a text.  Of any text at most that, for what stands between two of them stays there."""
+  return len(text.encode('ascii', 'ignore').translate(_NO_WORD, b"'").split())
+
+
+def _most_words(characters: int, text: str) -> int:
+  """The most words in so many characters of a text: in ASCII there is a character between any two."""
+  return (characters + 1) // 2 if text.isascii() else characters
+
+
 def _has_words(text: str, n: int) -> bool:
-  """words(text) >= n, mostly from the text's beginning: pieces all of letters and digits are a word each, or more."""
-  return (sum(map(str.isalnum, text[:10 * n].split())) >= n or len(_WORD.findall(text, 0, 20 * n)) >= n
-          or words(text) >= n)
+  """words(text) >= n, mostly from the text's beginning."""
+  return (_ascii_words(text[:10 * n]) >= n or _ascii_words(text) >= n
+          or not text.isascii() and len(_WORD.findall(text)) >= n)

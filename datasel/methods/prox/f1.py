@@ -5,13 +5,14 @@ this nor the mean over chunks); normalize is not scored.    ProX, Zhou et al. 20
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import numpy as np
 
 from datasel.methods.prox import programs
 
-FAILURES = ('empty', 'repeated', 'no match', 'truncated', 'malformed', 'out of range')
+FAILURES = ('empty', 'repeated', 'no match', 'truncated', 'near the limit', 'malformed', 'out of range')
 _POINTS = 200  # of a curve that is kept
 
 
@@ -71,14 +72,15 @@ def removed(program: str, start: int, stop: int) -> set[int]:
 
 def failures(program: str, text: str, start: int, *, finished: bool = True) -> set[str]:
   """What of FAILURES there is in a program for a chunk's text: nothing but white space; a call for the second time; a
-  normalize of what is not there; an end that was cut off (`finished`: end of text came); a call that is none; and
-  lines outside of the chunk."""
+  normalize of what is not there; a last call that was cut off; an end that the limit of tokens may have brought about
+  (`finished`: it surely came by itself); a call that is none; and lines outside of the chunk."""
   calls = programs.parse(program)
   stop = start + text.count('\n') + 1
   found = {
     'empty': not program.strip(), 'repeated': len(set(calls)) < len(calls),
     'no match': any(isinstance(call, programs.Normalize) and call.source not in text for call in calls),
-    'truncated': not finished or any(isinstance(call, programs.Fault) and call.kind == 'truncated' for call in calls),
+    'truncated': any(isinstance(call, programs.Fault) and call.kind == 'truncated' for call in calls),
+    'near the limit': not finished,
     'malformed': any(isinstance(call, programs.Fault) and call.kind != 'truncated' for call in calls),
     'out of range': any(isinstance(call, programs.RemoveLines) and not start <= call.start <= call.end < stop
                         for call in calls)}
@@ -88,15 +90,16 @@ def failures(program: str, text: str, start: int, *, finished: bool = True) -> s
 def calibrate(score_N: Sequence[float], wanted_N: Sequence[bool]) -> dict:
   """The threshold of the highest F1 of keeping where score >= threshold, the middle one of those equally good.
 
-  Returns JSON: threshold; f1, precision, recall and counts there; `at_zero`, the same where the likelier of the two
-  programs is taken; curve: {threshold, f1, kept (a share)}, at most 200 points.
-  ValueError for no score, one that is not finite, and no document to keep.
+  Without both documents to keep and to drop no threshold is better than another: it is 0, and a warning says so.
+
+  Returns JSON: threshold; calibrated: whether it was chosen; f1, precision, recall and counts there; `at_zero`, the
+  same where the likelier of the two programs is taken; curve: {threshold, f1, kept (a share)}, at most 200 points.
+  ValueError for no score, and one that is not finite.
   """
   score_N, wanted_N = np.asarray(score_N, np.float64), np.asarray(wanted_N, bool)
-  if not score_N.size or score_N.shape != wanted_N.shape or not np.isfinite(score_N).all() or not wanted_N.any():
+  if not score_N.size or score_N.shape != wanted_N.shape or not np.isfinite(score_N).all():
     raise ValueError(f'{score_N.size} scores, {int((~np.isfinite(score_N)).sum())} of them not finite, for '
-                     f'{wanted_N.size} documents, {int(wanted_N.sum())} of them to keep; want a finite score for each, '
-                     'and a document to keep')
+                     f'{wanted_N.size} documents; want a finite score for each')
   values_T, order_N = np.unique(score_N), np.argsort(score_N, kind='stable')
   first_T = np.searchsorted(score_N[order_N], values_T)  # documents below each threshold
   wanted_below_T = np.concatenate([[0], np.cumsum(wanted_N[order_N])])[first_T]
@@ -105,9 +108,13 @@ def calibrate(score_N: Sequence[float], wanted_N: Sequence[bool]) -> dict:
   # Between two scores any threshold does the same; the middle one is the farthest from both.
   threshold_T = np.concatenate([values_T[:1] - 1, (values_T[1:] + values_T[:-1]) / 2])
   best_T = np.flatnonzero(f1_T == f1_T.max())
-  threshold = float(threshold_T[best_T[len(best_T) // 2]])
+  threshold, calibrated = float(threshold_T[best_T[len(best_T) // 2]]), bool(wanted_N.any() and not wanted_N.all())
+  if not calibrated:
+    logging.warning('of %d documents to choose a threshold by, %d are to keep; want some to keep and some to drop; it '
+                    'is 0, where the likelier program is taken', len(wanted_N), wanted_N.sum())
+    threshold = 0.0
   shown_T = np.unique(np.linspace(0, len(values_T) - 1, min(_POINTS, len(values_T))).round().astype(int))
   curve = [{'threshold': float(threshold_T[t]), 'f1': float(f1_T[t]), 'kept': float(1 - first_T[t] / len(score_N))}
            for t in shown_T]
-  return {'threshold': threshold, **of_documents(score_N >= threshold, wanted_N).values(),
+  return {'threshold': threshold, 'calibrated': calibrated, **of_documents(score_N >= threshold, wanted_N).values(),
           'at_zero': of_documents(score_N >= 0, wanted_N).values(), 'curve': curve}

@@ -11,9 +11,10 @@ One line holds any number of calls, and then anything; blank lines, comments, co
   string   = '"' ... '"' | "'" ... "'"    with the escapes \\ \" \' \n \r \t; any other backslash is one
 
 Arguments are literal, by position or by name: start or line_start, end or line_end, source_str, target_str, all.
-untouch_doc() is keep_chunk(); a name's case does not matter.  Two things beside the grammar are read: a document's
-decision without brackets, and a normalize alone on its line with quotes that should have been escaped.  Text is
-matched, never evaluated.    ProX, Zhou et al. 2024, Table 1; the aliases are those that its prompts and models write.
+untouch_doc() is keep_chunk(); a name's case does not matter.  Two things beside the grammar are read: a call without
+arguments alone on its line without its brackets, and a normalize alone on its line with quotes that should have been
+escaped.  Text is matched, never evaluated.  ProX, Zhou et al. 2024, Table 1; the aliases are those that its prompts and
+models write.
 """
 
 import dataclasses
@@ -165,7 +166,7 @@ def _parse_line(line: str, last: bool, found: list[Call | Fault]) -> None:
     begin = _BEGIN.match(line, at)
     if begin is None:
       rest = line[at:].strip(' \t;,').lower()
-      if at == 0 and rest in ('drop_doc', 'keep_doc'):
+      if at == 0 and rest in _PLAIN:
         found.append(_PLAIN[rest])
       elif last and rest and any(name.startswith(rest) for name in _NAMES):
         found.append(Fault('truncated', rest))

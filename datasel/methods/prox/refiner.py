@@ -55,10 +55,10 @@ class Writer:
     return keep_N - drop_N
 
   def programs(self, prompts: Sequence[Prompt], spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool, int]]:
-    """(program, whether it came to its end by itself, tokens generated), by greedy decoding.
+    """(program, whether it surely came to its end by itself, tokens generated), by greedy decoding.
 
     spans: each prompt's lines, stop not included; of a document any.  Under the grammar a program that runs into the
-    limit of tokens is led to an end: it is not cut off, but it did not come to that by itself.
+    limit of tokens is led to an end: it is not cut off, and whether it would have ended there is not known.
     """
     held = None if self._grammar is None else self._grammar.of_chunks(spans)
     generator = Generator(self.model, self._generator.params, constraint=held, **self._options)

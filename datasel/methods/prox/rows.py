@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from datasel.methods.prox.examples import Example
 from datasel.methods.prox.grammar import Grammar, accepts
 from datasel.methods.prox.templates import Prompt, Prompts
 
+_SURROGATE = re.compile('[\ud800-\udfff]')
 _OPEN = 64  # rows that are looked through for room
 
 
@@ -34,15 +36,20 @@ class Encoded:
 
 def encode(examples: Sequence[Example], prompts: Prompts, grammar: Grammar) -> Encoded:
   """The examples in tokens.  Left out and counted are those with a program that the grammar does not have, of more
-  than max_new_tokens, or with a prompt longer than the model reads: none of them is cut."""
-  texts = [one.text for one in examples]
+  than max_new_tokens, or with a prompt longer than the model reads: none of them is cut; and those with a program that
+  the tokenizer changes, or with half a surrogate pair, which no UTF-8 has."""
+  whole = [one for one in examples if not _SURROGATE.search(one.text + one.program)]
+  texts = [one.text for one in whole]
   found = prompts.documents(texts) if prompts.task == 'document' else prompts.chunks(
-    texts, [one.start for one in examples])
-  kept, left_out = [], {'prompt too long': 0, 'program too long': 0, 'not in the grammar': 0}
-  for example, prompt, answer in zip(examples, found, prompts.answers([one.program for one in examples])):
+    texts, [one.start for one in whole])
+  kept, left_out = [], {'prompt too long': 0, 'program too long': 0, 'not in the grammar': 0,
+                        'changed by the tokenizer': len(examples) - len(whole)}
+  for example, prompt, answer in zip(whole, found, prompts.answers([one.program for one in whole])):
     span = example.start, example.start + example.text.count('\n') + 1
     if prompt.tokens > prompts.max_tokens:
       left_out['prompt too long'] += 1
+    elif answer is None:
+      left_out['changed by the tokenizer'] += 1
     elif len(answer) > prompts.max_new_tokens:
       left_out['program too long'] += 1
     elif not accepts(grammar, answer, span):

@@ -91,6 +91,9 @@ def train(run: build.Run, task: str, examples_folder: str | os.PathLike, section
   if source is None and (model is None or tokenizer is None):
     raise ValueError(f'{name(task)}: want a model to start from, or the shape of a fresh one with its tokenizer')
   model, tokenizer = (source.model, source.tokenizer()) if source else (model, tokenizer)
+  if tokenizer.vocab_size > model.vocab_size:
+    raise ValueError(f'{name(task)}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model '
+                     f'{model.vocab_size}; want a model of at least as many')
   prompts = Prompts(tokenizer, task, section.template, length=section.length, max_new_tokens=section.max_new_tokens)
   grammar = refiner.grammar_of(prompts, model.vocab_size)
   splits = {}
@@ -133,7 +136,8 @@ class _Training:
       'stage': self.stage_name, 'model': dataclasses.asdict(self.model), 'n_params': self.model.n_params,
       'tokenizer': prompts.tokenizer.digest, 'max_length': section.length,
       'init': self.source.name if self.source else '', 'batch_size': self.batch_rows, 'epochs': section.epochs,
-      'steps': self.stage.steps, 'flops': self.stage.flops, 'optimizer': section.optimizer.to_dict(),
+      'validation': section.validation, 'steps': self.stage.steps, 'flops': self.stage.flops,
+      'optimizer': section.optimizer.to_dict(),
       'refiner': {'task': self.task, 'template': prompts.template, 'length': prompts.length,
                   'max_new_tokens': section.max_new_tokens},
       'examples': {split: {'examples': len(found), 'truncated': found.truncated, 'left_out': found.left_out}
@@ -155,6 +159,8 @@ class _Training:
     """Trains, then leaves the best epoch as the folder's model."""
     if stated.get('finished'):
       self.run.progress.skip(self.stage.flops)
+      if processes.lead():
+        shutil.rmtree(self.directory / 'training', ignore_errors=True)  # left by a kill
       return self.directory
     epochs = self._train()
     best = epochs[_best(epochs) - 1]
@@ -256,10 +262,15 @@ class _Training:
                           rules=self.rules)
 
   def _chosen(self, split: str) -> list[int]:
-    """Which examples of a split are looked at: `validation` of them, spread evenly."""
-    size = len(self.splits[split])
-    n = min(size, self.section.validation or size)
-    return [i * size // n for i in range(n)]
+    """Which examples of a split are looked at: all of the test split; of the validation split `validation`, spread evenly,
+    and of documents both kinds."""
+    programs = [one.program for one in self.splits[split].examples]
+    size = len(programs)
+    n = size if split == 'test' else min(size, self.section.validation or size)
+    chosen = [i * size // n for i in range(n)]
+    if self.task == 'document' and n > 1 and len({programs[i] for i in chosen}) == 1:
+      chosen[-1] = next((i for i in range(size) if programs[i] != programs[0]), chosen[-1])
+    return chosen
 
   def _loss(self, params: Any) -> float:
     """Nats per token of the validation programs; filled up with rows that count nothing."""
@@ -280,8 +291,10 @@ class _Training:
       there = {line['step'] for line in metrics.read(self.run.directory, self.stage_name, 'held_out')}
       for epoch in epochs:
         if epoch['step'] not in there:
+          values = {key: value for key, value in epoch.items() if key not in ('step', 'failures')}
+          failures = {key.replace(' ', '_'): part for key, part in epoch.get('failures', {}).items()}
           self.run.writer.write(self.stage_name, 'held_out', epoch['step'],
-                                {key: value for key, value in epoch.items() if key != 'step'})
+                                values | ({'failures': failures} if failures else {}))
 
 
 def _best(epochs: list[dict]) -> int:

@@ -9,6 +9,7 @@ its lines numbered (`chunks.numbered`), and is never cut.    ProX, Zhou et al. 2
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ _FRAMES = {
   'plain': {'document': ('[doc]\n', '\n[/doc]\n', ''), 'chunk': ('[doc]\n', '[/doc]\n', '')},
   'llama2': {'document': (_SYSTEM, ' [/INST]', ' '), 'chunk': (_SYSTEM + '[doc]\n', '[/doc] [/INST]', ' ')},
 }
+_NUMBER = re.compile(r'((?:(?<=start=)|(?<=end=))[0-9]+)')
 _CHARACTERS = 32  # a token, of a document: of what is longer no more is looked at
 
 
@@ -86,10 +88,21 @@ class Prompts:
     """Tokens of each numbered line with its line break: those of a chunk's lines add up to those of its prompt."""
     return [len(ids) for ids in self._lines(lines)]
 
-  def answers(self, programs: Sequence[str]) -> list[np.ndarray]:
-    """int32: what the model shall write, end of text included."""
-    end = np.array([self.tokenizer.eos_id], np.int32)
-    return [np.concatenate([ids, end]) for ids in self.vocabulary.spelled([self.lead + one for one in programs])]
+  def answers(self, programs: Sequence[str]) -> list[np.ndarray | None]:
+    """int32: what the model shall write, end of text included; None for a program that the tokenizer changes.
+
+    A line number's digits are tokens of their own, as the grammar wants them, whatever the tokenizer joins them with.
+    """
+    spelled, end = self.vocabulary.spelled, [self.tokenizer.eos_id]
+    texts = [self.lead + one for one in programs]
+    parts = [_NUMBER.split(text) for text in texts]
+    found, answers = iter(spelled([part for own in parts for part in own])), []
+    for text, own in zip(texts, parts):
+      ids = [next(found) for _ in own]
+      if any(part is None for part in ids):
+        ids = spelled([text])  # a part may be changed where it stands alone
+      answers.append(None if ids[0] is None else np.concatenate([*ids, end]).astype(np.int32))
+    return answers
 
   def program(self, ids: Sequence[int]) -> str:
     """The program in what a model wrote."""

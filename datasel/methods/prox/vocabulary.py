@@ -10,11 +10,11 @@ from datasel import workdir
 from datasel.data.tokenizer import Tokenizer
 
 _SPACE = '\u2581'  # what sentencepiece writes for a space
-_PROBE = '[007]  a "b"\n\\remove_lines(start=0, end=19)'
+_PROBE = '[007]  a "b"\n\\remove_lines(start=0, end=19) drop_doc() keep_chunk()'
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes | None]:
-  """What each id writes, UTF-8 or a part of it; None for special, added and unused ones, which write nothing here.
+  """What each id writes, UTF-8 or a part of it; None for special and unused ones, which write nothing here.
 
   ValueError for a tokenizer that is neither a byte-level one nor one of sentencepiece's kind.
   """
@@ -50,14 +50,9 @@ class Vocabulary:
     again = dict(zip(melted, self.tokenizer.encode_batch([texts[i] for i in melted])))
     return [again.get(i, ids[n:]) for i, ids in enumerate(found)]
 
-  def spelled(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """As `encode`; ValueError for a text that the ids do not spell to the byte."""
-    found = self.encode(texts)
-    for text, ids in zip(texts, found):
-      if (written := self._written(ids)) != text.encode():
-        raise ValueError(f'the tokenizer {self.tokenizer.name} gives {text[:200]!r} back as {written[:200]!r}; want '
-                         'one without normalisation, that knows every byte')
-    return found
+  def spelled(self, texts: Sequence[str]) -> list[np.ndarray | None]:
+    """As `encode`; None for a text that the ids do not spell to the byte."""
+    return [ids if self._written(ids) == text.encode() else None for text, ids in zip(texts, self.encode(texts))]
 
   def text(self, ids: Sequence[int]) -> str:
     """What the ids spell; bytes that are no UTF-8 as U+FFFD."""
@@ -72,7 +67,7 @@ def _of_json(stored: dict) -> dict[int, bytes]:
   steps = [one['type'] for one in decoder.get('decoders', [decoder]) if one]
   vocabulary = stored['model'].get('vocab', {})
   pieces = dict(vocabulary) if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
-  special = {one['id'] for one in stored.get('added_tokens', [])}
+  added = {one['id']: b'' if one['special'] else one['content'].encode() for one in stored.get('added_tokens', [])}
   if 'ByteLevel' in steps:
     byte_of = _byte_of_character()
     write = lambda piece: bytes(byte_of[c] for c in piece) if all(c in byte_of for c in piece) else b''
@@ -80,7 +75,7 @@ def _of_json(stored: dict) -> dict[int, bytes]:
     write = _sentencepiece_bytes
   else:
     raise ValueError(f'a tokenizer with the decoder {steps}; want a byte-level one, or one of sentencepiece\'s kind')
-  return {i: write(piece) for piece, i in pieces.items() if i not in special}
+  return {i: write(piece) for piece, i in pieces.items()} | added  # an added token stands for its text as it is
 
 
 def _of_sentencepiece(folder: str) -> dict[int, bytes]:

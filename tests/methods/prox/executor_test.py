@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from datasel.methods.prox import executor, programs
 from datasel.methods.prox.executor import Result, execute, words
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[2] / 'golden/prox/cases.json').read_text(encoding='utf-8'))
@@ -140,6 +141,44 @@ def test_a_text_grows_by_its_programs_length_at_most():
   ('สวัสดี', 4), ('| - ... _', 0), ('naïve nai\u0308ve', 2), ('mixed 漢字text', 4), ('', 0)])
 def test_words_of_a_language(text, count):
   assert words(text) == count
+
+
+# What stands in a text, a call as a model writes it, and what is left of the text or the outcome.
+TEX = r'The gradient $\nabla f$ and the time $\tau$ are of a page, [005] of a book, with more than ten words.'
+
+
+@pytest.mark.parametrize('source, target, text, left', [
+  (r'$\nabla f$', '', TEX, TEX.replace(r'$\nabla f$', '')),
+  (r'$\\nabla f$', '', TEX, TEX.replace(r'$\nabla f$', '')),
+  (r'$\tau$', r'$\rho$', TEX, TEX.replace(r'$\tau$', r'$\rho$')),
+  (r'[007] $\nabla f$', '', TEX, TEX.replace(r' $\nabla f$', '')),
+  ('time\t$', 'time', TEX.replace('time ', 'time\t') + r'time\t$', TEX.replace('time $', 'time') + r'time\t$'),
+  (r'time\t$', 'time', TEX.replace('time ', 'time\t') + r'time\t$', TEX.replace('time $', 'time') + r'time\t$'),
+  ('The', r'\nu', TEX, 'refused'), (r'\newpage', '', TEX, 'refused'), (r'\tilde', '', TEX, 'no match'),
+  ('[000] The gradient', '[000] A slope', TEX, TEX.replace('The gradient', 'A slope')),
+  ('[005] of a book', '', TEX, TEX.replace('[005] of a book', '')),
+  ('[000]  The gradient', '', TEX, 'no match')])
+def test_other_spellings_of_a_source_are_looked_for_after_its_own(source, target, text, left):
+  result = execute(text, f'normalize(source_str="{source}", target_str="{target}")')
+  assert [outcome.kind for outcome in result.outcomes] == [left if left in ('refused', 'no match') else 'applied']
+  assert result.text == (left if result.decision == 'edited' else text)
+
+
+def test_what_counts_and_bounds_words_agrees_with_the_definition():
+  rng = random.Random(0)
+  signs = "aB1'._- \n\t\x1c|\u2019\u0301\u00e9\u6f22\u0e44\u0663\ud800"
+  count = lambda text: len(executor._WORD.findall(text))
+  for n in range(4000):
+    text = ''.join(rng.choices(signs[:12] if n % 2 else signs, k=rng.randrange(40)))
+    assert words(text) == count(text) >= executor._ascii_words(text)
+    n_words = rng.randrange(12)
+    assert executor._has_words(text, n_words) == (count(text) >= n_words)
+    a, b = sorted(rng.choices(range(len(text) + 1), k=2))
+    first, last = sorted(rng.choices(range(text.count('\n') + 1), k=2))
+    calls = [programs.Normalize(text[a:b], ''.join(rng.choices(signs, k=n % 3)))] if a < b else []
+    calls += [programs.RemoveLines(first, last)] if n % 4 else []
+    left, _, lost = executor._chunk(0, text, 0, text.count('\n') + 1, programs.serialise(calls))
+    assert count(text) - count(left or '') <= lost
 
 
 def brute_force(lines, chunks):

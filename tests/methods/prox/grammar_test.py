@@ -1,13 +1,17 @@
 """Laws of the grammar: what it lets a model write is what the canonical writer writes, and it always ends."""
 
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
+import tokenizers as huggingface
 
 from datasel.data import tokenizer as tokenizers
-from datasel.methods.prox import executor, grammar, programs, vocabulary
+from datasel.methods.prox import executor, grammar, programs, refiner, rows, vocabulary
+from datasel.methods.prox.examples import Example
+from datasel.methods.prox.templates import Prompts
 
 BYTES = [bytes([b]) for b in range(256)]
 EOS = 256
@@ -191,6 +195,57 @@ def test_tokens_of_a_trained_tokenizer_spell_its_programs(tmp_path):
   ids = found.spelled([program])[0]
   assert grammar.accepts(built, [*ids, tokenizer.eos_id], (0, 346))
   assert not grammar.accepts(built, [*ids, tokenizer.eos_id], (0, 345))
+
+
+def changed(path, to, **parts):
+  """A tokenizer.json with other parts."""
+  to.write_text(json.dumps(json.loads(path.read_text()) | parts))
+  return tokenizers.load(to)
+
+
+def test_numbers_are_digits_alone_whatever_the_tokenizer_joins_them_with(tmp_path):
+  ranges = [programs.RemoveLines(a, a + b) for a in (0, 9, 10, 100, 123) for b in (0, 1, 25)]
+  texts = [programs.serialise([one, programs.RemoveLines(one.end + 1, 150)]) for one in ranges]
+  regular = tokenizers.train_bpe(texts * 9, 320, tmp_path / 'regular.json')
+  model = huggingface.Tokenizer(huggingface.models.BPE())
+  model.pre_tokenizer = huggingface.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  model.decoder = huggingface.decoders.ByteLevel()
+  model.train_from_iterator(texts * 9, huggingface.trainers.BpeTrainer(
+    vocab_size=420, special_tokens=['<|endoftext|>'], show_progress=False,
+    initial_alphabet=huggingface.pre_tokenizers.ByteLevel.alphabet()))
+  model.save(str(tmp_path / 'joins.json'))
+  for tokenizer, joins in ((regular, False), (tokenizers.load(tmp_path / 'joins.json'), True)):
+    prompts = Prompts(tokenizer, 'chunk', length=400, max_new_tokens=200)
+    built = refiner.grammar_of(prompts, 420)
+    whole = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    assert all(grammar.accepts(built, ids, (0, 151)) for ids in whole) != joins
+    for text, ids, answer in zip(texts, whole, prompts.answers(texts)):
+      assert grammar.accepts(built, answer, (0, 151)) and prompts.program(answer[:-1]) == text
+      assert joins or answer.tolist() == ids
+
+
+def test_an_added_token_that_is_not_special_writes_its_text(tmp_path):
+  tokenizers.train_bpe(['keep_chunk()'] * 9, 270, tmp_path / 'plain.json')
+  stored = json.loads((tmp_path / 'plain.json').read_text())
+  new = dict(id=len(stored['model']['vocab']), content='  \u00e9', single_word=False, lstrip=False, rstrip=False,
+             normalized=False, special=False)
+  tokenizer = changed(tmp_path / 'plain.json', tmp_path / 'added.json',
+                      added_tokens=[*stored['added_tokens'], new])
+  found = vocabulary.Vocabulary(tokenizer)
+  ids, = found.spelled(['a  \u00e9b'])
+  assert new['id'] in ids and found.text(ids) == 'a  \u00e9b' == tokenizer.decode(ids)
+  assert found.bytes_V[tokenizer.eos_id] is None
+
+
+def test_a_program_that_the_tokenizer_changes_is_left_out_and_no_other(tmp_path):
+  tokenizers.train_bpe(['keep_chunk()'] * 9, 270, tmp_path / 'plain.json')
+  prompts = Prompts(changed(tmp_path / 'plain.json', tmp_path / 'nfc.json', normalizer={'type': 'NFC'}), 'chunk',
+                    length=400, max_new_tokens=200)
+  written = [programs.serialise([programs.Normalize(source)]) for source in ('caf\u00e9', 'cafe\u0301', 'cafe')]
+  found = rows.encode([Example(str(n), 's', 'caf', 0, one) for n, one in enumerate(written)], prompts,
+                      refiner.grammar_of(prompts, 270))
+  assert [one.id for one in found.examples] == ['0', '2'] and found.left_out == {
+    'prompt too long': 0, 'program too long': 0, 'not in the grammar': 0, 'changed by the tokenizer': 1}
 
 
 def test_what_cannot_be_built_is_refused():

@@ -29,7 +29,7 @@ READ = {
   'remove_lines ( start = 5 , end = 6 )': [RemoveLines(5, 6)],
   '  remove_lines(start=0, end=0);remove_lines(start=5, end=6)  # both': [RemoveLines(0, 0), RemoveLines(5, 6)],
   'DROP_DOC()': [DropDoc()],
-  'drop_doc': [DropDoc()],
+  'drop_doc': [DropDoc()], 'keep_chunk': [KeepChunk()], 'Untouch_doc\n': [KeepChunk()],
   'keep_doc() # do not drop_doc()': [KeepDoc()],
   'normalize(target_str="b", source_str="a")': [Normalize('a', 'b')],
   'normalize(source_str= "a, b=(c)", target_str= "d)")': [Normalize('a, b=(c)', 'd)')],
@@ -104,7 +104,7 @@ def test_a_program_cut_anywhere_loses_its_last_call_and_no_other():
       found = parse(program[:size])
       assert found[:len(whole)] == whole, program[:size]
       rest = found[len(whole):]
-      assert rest in ((), (DropDoc(),), (KeepDoc(),)) or [fault.kind for fault in rest] == ['truncated']
+      assert rest in ((), (DropDoc(),), (KeepDoc(),), (KeepChunk(),)) or [fault.kind for fault in rest] == ['truncated']
 
 
 def test_a_program_has_so_many_calls_and_characters():

@@ -1,7 +1,10 @@
 """Laws of fine-tuning a refiner: what it is trained on, that it learns, and that it survives being killed."""
 
+import dataclasses
 import itertools
 import json
+import math
+import shutil
 
 import compilation
 import jax
@@ -101,11 +104,13 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tokenizer):
   grammar, chosen = refiner.grammar_of(prompts, 420), {
     'fine': ('a\nb', 'remove_lines(start=1, end=1)'), 'long prompt': ('word ' * 200, 'keep_chunk()'),
     'long program': ('a', 'normalize(source_str="' + 'ab ' * 60 + '", target_str="")'),
-    'out of range': ('a\nb', 'remove_lines(start=1, end=2)'), 'twice': ('a\nb', 'keep_chunk()\nkeep_chunk()')}
+    'out of range': ('a\nb', 'remove_lines(start=1, end=2)'), 'twice': ('a\nb', 'keep_chunk()\nkeep_chunk()'),
+    'surrogate': ('a\ud800', 'keep_chunk()'), 'in a program': ('a', 'normalize(source_str="\udc00", target_str="")')}
   found = rows_lib.encode([Example(name, 's', text, 0, program) for name, (text, program) in chosen.items()], prompts,
                           grammar)
   assert [one.id for one in found.examples] == ['fine']
-  assert found.left_out == {'prompt too long': 1, 'program too long': 1, 'not in the grammar': 2}
+  assert found.left_out == {'prompt too long': 1, 'program too long': 1, 'not in the grammar': 2,
+                            'changed by the tokenizer': 2}
   documents = Prompts(tokenizer, 'document', length=64)
   cut = rows_lib.encode([Example('d', 's', 'word ' * 200, 0, 'keep_doc()')], documents,
                         refiner.grammar_of(documents, 420))
@@ -137,8 +142,30 @@ def test_the_threshold_is_the_best_of_all():
   for point in found['curve']:
     np.testing.assert_allclose(point['f1'], f1.of_documents(score_N >= point['threshold'], wanted_N).f1)
     np.testing.assert_allclose(point['kept'], (score_N >= point['threshold']).mean())
-  with pytest.raises(ValueError, match='0 of them to keep'):
-    f1.calibrate([1.0], [False])
+  with pytest.raises(ValueError, match='2 scores, 1 of them not finite'):
+    f1.calibrate([1.0, math.nan], [False, True])
+
+
+@pytest.mark.parametrize('keep', [False, True])
+def test_documents_of_one_kind_leave_the_threshold_at_zero(keep, caplog):
+  found = f1.calibrate([1.0, -2.0], [keep, keep])
+  assert (found['threshold'], found['calibrated']) == (0, False) and f'{2 * keep} are to keep' in caplog.text
+  assert {key: found[key] for key in found['at_zero']} == found['at_zero']
+  assert f1.calibrate([1.0, -2.0], [True, False])['calibrated']
+
+
+def test_both_kinds_of_documents_are_looked_at_where_there_are_both(folder, tokenizer):
+  found, _ = encoded(folder, tokenizer, 'document')
+  keep = [one.program == 'keep_doc()' for one in found.examples]
+  order = np.argsort(keep)  # those to drop come first
+  training = object.__new__(sft._Training)
+  training.task, training.section = 'document', small_refiner.config(validation=2)[1]
+  for keeps in (1, 5, 0):
+    chosen = [*order[:20], *order[len(order) - keeps:]]
+    training.splits = {'validation': dataclasses.replace(found, examples=[found.examples[i] for i in chosen])}
+    looked_at = training._chosen('validation')
+    assert len(set(looked_at)) == 2 and sum(keep[chosen[i]] for i in looked_at) == min(keeps, 1)
+    assert looked_at == training._chosen('validation')
 
 
 @pytest.mark.parametrize('program, wanted', [
@@ -149,6 +176,10 @@ def test_the_threshold_is_the_best_of_all():
   ('remove_lines(start=4, end=5)', {'out of range'})])
 def test_failures_are_told(program, wanted):
   assert f1.failures(program, 'a\nb', 3) == wanted
+
+
+def test_an_end_near_the_limit_is_not_said_to_be_cut_off():
+  assert f1.failures('keep_chunk()', 'a', 0, finished=False) == {'near the limit'}
 
 
 def files(directory, task):
@@ -180,9 +211,13 @@ def test_a_killed_training_goes_on_as_if_it_had_not_been(folder, tmp_path, monke
   assert one.fingerprint == other.fingerprint
   assert not (whole / 'training').exists()
   moments.add(next(counter) + 1)
+  shutil.copytree(whole / 'checkpoints', tmp_path / 'killed' / 'refiner-document' / 'training')  # killed at its end
   assert train('killed') == tmp_path / 'killed' / 'refiner-document'  # finished: nothing is done again
+  assert not (tmp_path / 'killed' / 'refiner-document' / 'training').exists()
   with pytest.raises(ValueError, match='holds another training .other: .*epochs'):
     small_refiner.train(tmp_path / 'whole', 'document', folder, **options | {'epochs': 3})
+  with pytest.raises(ValueError, match='holds another training .other: validation.'):
+    small_refiner.train(tmp_path / 'whole', 'document', folder, **options | {'validation': 3})
 
 
 @pytest.mark.parametrize('task, n, epochs', [('document', 320, 2), ('chunk', 1000, 3)])
@@ -216,3 +251,6 @@ def test_settings_that_cannot_be_used_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=match):
       small_refiner.train(tmp_path / 'run', 'chunk', folder, **{'max_new_tokens': 96} | changed)
     assert not (tmp_path / 'run' / 'refiner-chunk').exists()
+  with pytest.raises(ValueError, match='has 420 tokens, the model 419'):
+    small_refiner.train(tmp_path / 'run', 'chunk', folder,
+                        model=dataclasses.replace(small_refiner.MODEL, vocab_size=419))

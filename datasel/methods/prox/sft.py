@@ -262,8 +262,8 @@ class _Training:
                           rules=self.rules)
 
   def _chosen(self, split: str) -> list[int]:
-    """Which examples of a split are looked at: all of the test split; of the validation split `validation`, spread evenly,
-    and of documents both kinds."""
+    """Which examples of a split are looked at: all of the test split, `validation` of the validation split, spread
+    evenly, and of documents both kinds."""
     programs = [one.program for one in self.splits[split].examples]
     size = len(programs)
     n = size if split == 'test' else min(size, self.section.validation or size)

@@ -2,6 +2,12 @@ r"""ProX end to end on a laptop: two small refiners clean real web pages and noi
 
 Expects:   nothing: it fetches its text.
 Command:   python -m datasel.main --config=configs/prox/demo.py --workdir=runs/prox-demo
+Hardware:  2 CPU cores, 4 GB of memory; 55 minutes with four other programs at work beside it.
+Outcome:   F1 on sites whose programs were not taught: 0.84 of documents, 0.50 of chunks (precision 0.84, recall 0.35).
+           Of 697 noisy documents 71% of the tokens are left; 41% of the noise is gone and 13% of the text.  The mean
+           loss on held-out c4, news and wiki is 6.145 nats/token against 6.281 of the raw text and 6.210 of Gopher's
+           rules; C4's rules, 6.099, and all published rules together, 5.979, do better than refiners of 1.3M
+           parameters.  One seed.
 """
 
 from datasel import config as config_lib

@@ -90,7 +90,7 @@ def _left(run: Artefacts) -> Html:
   of = lambda key: [text[name]['statistics']['after'][key] / max(text[name]['statistics']['before'][key], 1)
                     for name in names]
   chart = plots.bars('left', f'Part of the lines (grey) and {size} that is left', names, of('lines'), of(size),
-                     [ACCENT if name == 'prox' else plots.palette(names)[name][0] for name in names],
+                     [plots.palette(names)[name][0] for name in names],
                      xlabel='part of the raw text')
   before = text['prox']['statistics']['before']
   return Html(panels(
@@ -175,8 +175,8 @@ def _mains(run: Artefacts, mains: list[str]) -> Html:
   target = run.summary['target']
   mean = lambda line: sum(line['nll'][d] for d in target['domains']) / len(target['domains'])
   looks = plots.palette(names)
-  curves = [Line([line['step'] for line in of], [mean(line) for line in of], name,
-                 ACCENT if name == 'prox' else looks[name][0]) for name, of in evaluated.items()]
+  curves = [Line([line['step'] for line in of], [mean(line) for line in of], name, looks[name][0])
+            for name, of in evaluated.items()]
   stages = {name: run.read(f'main-{name}/stage.json') for name in names}
   rows = [[name, number(mean(of[-1])), number(of[-1]['uniform_nll']),
            some([f'{domain} {passes:.2f}' for domain, passes in stages[name]['epochs'].items()], 3)]

@@ -78,7 +78,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
       _train(r, plan['base'], stores['raw'], role='base', init_role='init-base')
     for task in examples.TASKS:
       sft.train(r, task, taught, section[task], init=init)
-    refiners = {'prox': _refiner(r)} | {name: RuleRefiner(name) for name in _rules(section)}
+    refiners = {'prox': _refiner(r)} | {name: RuleRefiner(rules) for name, rules in _rules(section).items()}
     outputs = {name: _refined(r, refiner, name, raw) for name, refiner in refiners.items()}
     for name in refiners if section.train_main else ():
       if _left(outputs[name]) >= _FEWEST:
@@ -171,11 +171,12 @@ def _check(config: ml_collections.ConfigDict, store: Store) -> None:
                      'the mesh splits a batch into')
 
 
-def _rules(section: ml_collections.ConfigDict) -> list[str]:
+def _rules(section: ml_collections.ConfigDict) -> dict[str, str]:
+  """{the name of a filter's stages and folders: the rules that it is made of}"""
   names = [part.strip() for part in section.rules.split(',') if part.strip()]
   if len({RuleRefiner(name).fingerprint for name in names}) < len(names):
     raise ValueError(f'config.prox.rules {section.rules!r} names one twice')
-  return names
+  return {name.replace('+', '-'): name for name in names}
 
 
 def _target(config: ml_collections.ConfigDict, store: Store) -> list[str]:

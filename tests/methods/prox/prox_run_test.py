@@ -7,6 +7,7 @@ import compilation
 import pytest
 import small_run
 
+from datasel import config as config_lib
 from datasel import main, metrics, workdir
 from datasel.data import corpus as corpora
 from datasel.methods.prox import audit, examples, lines, refine, rule_refiner, run
@@ -95,6 +96,12 @@ def test_what_is_taken_away_is_what_is_missing(folder):
     gone_text += sum(len(row) for row, flag in zip(rows, flags) if flag == '1' and row not in kept)
   assert found == {'noise': {'there': noise, 'gone': gone_noise}, 'text': {'there': text, 'gone': gone_text}}
   assert gone_noise == noise > 0
+
+
+def test_filters_have_names_that_a_stage_can_have():
+  names = run._rules(config_lib.prox())
+  assert list(names.values())[-1] == 'c4+gopher+fineweb'
+  assert all(metrics._STAGE.fullmatch(f'main-{name}') for name in names)
 
 
 @pytest.mark.parametrize(('line', 'kind'), [

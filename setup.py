@@ -39,7 +39,8 @@ EXTRAS = {
   'track': ['tensorboard>=2.20', 'trackio>=0.43', 'wandb>=0.31', 'xprof>=2.24'],
   'bench': ['torch>=2.5'],  # the peer of `datasel.bench step`, `attention` and `generate`
   'demo': ['gguf>=0.17', 'unearth>=0.17'],
-  'prox': ['datasketch>=2.0', 'openai>=2', 'trafilatura>=2.0'],
+  # Some versions that jusText, a part of trafilatura, is satisfied with do not bring lxml_html_clean.
+  'prox': ['datasketch>=2.0', 'lxml_html_clean>=0.4', 'openai>=2', 'trafilatura>=2.0'],
   'regmix': ['lightgbm>=4.6'],
   'test': ['accelerate>=1.0', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9',
            'torch>=2.5,<2.14',  # later wheels bring several GB of CUDA libraries

@@ -246,6 +246,7 @@ def test_a_full_queue_and_a_late_answer():
       assert post(one, '/g', {'items': ['y']})[0] == 429
       assert first.result()[0] == second.result()[0] == 503
     gate.open.set()
+    waiting_for(lambda: not one.worker._jobs)  # the late one's place is free again
     assert post(one, '/g', {'items': ['z']}) == (200, {'results': ['zz']})
   assert ['late'] not in gate.batches  # nobody waited for it any more
 

@@ -240,18 +240,25 @@ def prox() -> ml_collections.ConfigDict:
   return section
 
 
-def prox_paper(main_model: str, peak_lr: float, end_lr: float) -> ml_collections.ConfigDict:
-  """ProX as published: refiners of 0.3B whatever the main model, every model on 26.2B tokens."""
-  config = base('prox')
+def tlm(method: str, main_model: str, peak_lr: float, end_lr: float) -> ml_collections.ConfigDict:
+  """ProX's own models as published: 26.2B tokens in sequences of 2,048."""
+  config = base(method)
   config.data.length = 2048
   config.model = model(main_model)
   config.train.steps, config.train.batch_size, config.train.microbatches = 12_500, 1024, 16
   config.train.log_every, config.train.checkpoint_every = 50, 500
   config.train.eval_every, config.train.eval_sequences = 2500, 800
+  config.optimizer.peak_lr, config.optimizer.end_lr = peak_lr, end_lr
+  config.optimizer.warmup_fraction = 0.04  # 500 steps
+  config.optimizer.b2, config.optimizer.weight_decay = 0.95, 0.1
+  return config
+
+
+def prox_paper(main_model: str, peak_lr: float, end_lr: float) -> ml_collections.ConfigDict:
+  """ProX as published: refiners of 0.3B whatever the main model."""
+  config = tlm('prox', main_model, peak_lr, end_lr)
   config.prox = prox()
   config.prox.model, config.prox.microbatches = model('tlm_xs'), 16
-  config.optimizer = config.prox.optimizer.copy_and_resolve_references()
-  config.optimizer.peak_lr, config.optimizer.end_lr = peak_lr, end_lr
   return config
 
 

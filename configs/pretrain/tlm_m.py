@@ -12,24 +12,6 @@ from datasel import config as config_lib
 
 
 def get_config(arg: str = ''):
-  config = config_lib.base('pretrain')
+  config = config_lib.tlm('pretrain', 'tlm_m', peak_lr=3e-4, end_lr=3e-5)
   config.pretrain = config_lib.pretrain()
-  config.data.length = 2048
-  config.model = config_lib.model('tlm_m')
-  config.train.steps = 12_500
-  config.train.batch_size = 1024
-  config.train.microbatches = 16
-  config.train.log_every = 50
-  config.train.checkpoint_every = 500
-  config.train.eval_every = 2500
-  config.train.eval_sequences = 800
-
-  config.optimizer.peak_lr = 3e-4
-  config.optimizer.end_lr = 3e-5
-  config.optimizer.schedule = 'cosine'
-  config.optimizer.warmup_fraction = 0.04  # 500 steps
-  config.optimizer.b1 = 0.9
-  config.optimizer.b2 = 0.95
-  config.optimizer.weight_decay = 0.1
-  config.optimizer.clip = 1.0
   return config_lib.finish(config, arg)

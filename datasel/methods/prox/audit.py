@@ -78,6 +78,11 @@ def n_documents(counted: _Counts) -> int:
   return sum(counted.get('documents', {}).values())
 
 
+def n_left(counted: _Counts) -> int:
+  """Documents that were not dropped."""
+  return n_documents(counted) - counted.get('documents', {}).get('dropped', 0)
+
+
 def flops(counted: _Counts, flops_per_token: dict[str, float]) -> float:
   """What the refiner has cost, of its FLOPs for a token read or generated in each stage."""
   return sum(n * flops_per_token.get(stage, 0.0) for kind in ('read', 'generated')
@@ -122,6 +127,11 @@ class Output:
   @property
   def statistics(self) -> dict[str, Any]:
     return workdir.read_json(self.path / 'statistics.json')
+
+  @property
+  def n_train(self) -> int:
+    """Train documents that were not dropped."""
+    return sum(n_left(counted) for name, counted in self.statistics['domains'].items() if name.startswith('train/'))
 
   def verify(self) -> None:
     """ValueError names a file that is damaged or missing."""

@@ -40,8 +40,7 @@ def removed(corpus: str | os.PathLike, output: audit.Output, *, most: int = MOST
   characters: dict[str, dict[str, int]] = {}
   documents = 0
   for documents, case in enumerate(itertools.islice(inspect.cases(output, corpus), most), 1):  # noqa: B007
-    stays = [(pair.old, pair.new == pair.old) for pair in inspect.pairs(case)
-             if pair.old is not None]
+    stays = [(pair.old, pair.new == pair.old) for pair in inspect.pairs(case)]
     if case.after:
       for line, left in stays:
         counted = kinds[kind(line)]

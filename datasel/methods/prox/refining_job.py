@@ -159,7 +159,7 @@ def finish(job: Job, planned: dict[str, Any]) -> audit.Output | None:
 
 def require_train(output: audit.Output) -> None:
   """ValueError where not one train document is left, for then the output is no corpus."""
-  if not any(_left(counted) for name, counted in output.statistics['domains'].items() if name.startswith('train/')):
+  if not output.n_train:
     raise ValueError(f'every train document was dropped: {output.path} is no corpus, and only its audit/ is of use')
 
 
@@ -175,15 +175,15 @@ def _assemble(folder: pathlib.Path, planned: dict[str, Any], entries: Sequence[d
     audit.add(domains.setdefault(_domain(piece), {}), statistics)
     audit.add(total, statistics)
   for domain, statistics in domains.items():
-    if not _left(statistics):
+    if not audit.n_left(statistics):
       _log.warning('%s: all of its %d documents were dropped', domain, audit.n_documents(statistics))
     elif _untrained(domain, domains):
       _log.warning('%s: its %d documents that are left are not in the output, for all train documents of this domain '
-                   'were dropped', domain, _left(statistics))
+                   'were dropped', domain, audit.n_left(statistics))
   for entry in entries:
     piece = Piece(**entry['piece'])
     # An empty file would be a domain without documents, and `prepare` wants no validation without train documents.
-    if not _left(entry['statistics']) or _untrained(_domain(piece), domains):
+    if not audit.n_left(entry['statistics']) or _untrained(_domain(piece), domains):
       (folder / pieces.file_names(piece)[0]).unlink(missing_ok=True)
       del entry['files'][pieces.file_names(piece)[0]]
     for name, stated in entry['files'].items():
@@ -205,13 +205,7 @@ def _untrained(domain: str, domains: dict[str, Any]) -> bool:
   """Whether it is a validation domain whose train documents were all dropped."""
   split, _, name = domain.partition('/')
   train = domains.get(f'train/{name}')
-  return split == 'validation' and train is not None and not _left(train)
-
-
-def _left(statistics: dict[str, Any]) -> int:
-  """Documents that were not dropped."""
-  decided = statistics.get('documents', {})
-  return decided.get('kept', 0) + decided.get('edited', 0)
+  return split == 'validation' and train is not None and not audit.n_left(train)
 
 
 def _source(source: corpora.Source) -> dict[str, Any]:

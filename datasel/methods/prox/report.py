@@ -43,10 +43,6 @@ def _share(left: float, of: float) -> str:
   return f'{100 * left / of:.1f}%' if of else NONE
 
 
-def _kept(counted: dict[str, Any]) -> int:
-  return audit.n_documents(counted) - counted['documents'].get('dropped', 0)
-
-
 def _size(counted: dict[str, Any]) -> str:
   """What text is measured by: tokens, where they were counted."""
   return 'tokens' if 'tokens' in counted['before'] else 'words'
@@ -57,7 +53,7 @@ def _lead(run: Artefacts) -> Html:
   size, judged = _size(counted), run.summary['refiners']
   left = _share(counted['after'][size], counted['before'][size])
   shown = [(left, f'of the {size} are left by the refiners'),
-           (_share(_kept(counted), audit.n_documents(counted)), 'of the documents')]
+           (_share(audit.n_left(counted), audit.n_documents(counted)), 'of the documents')]
   shown += [(number(result['f1']), f'F1 of the {task} refiner on sources whose programs it was not taught')
             for task, result in judged.items() if result]
   said = f'Of {count(audit.n_documents(counted))} documents the refiners leave {left} of the {size}.'
@@ -84,9 +80,9 @@ def _left(run: Artefacts) -> Html:
     counted = text[name]['statistics']
     n, decided = audit.n_documents(counted), counted['documents']
     rows.append([name, count(decided.get('kept', 0)), count(decided.get('edited', 0)), count(decided.get('dropped', 0)),
-                 _share(_kept(counted), n), _share(counted['after']['lines'], counted['before']['lines']),
+                 _share(audit.n_left(counted), n), _share(counted['after']['lines'], counted['before']['lines']),
                  _share(counted['after'][size], counted['before'][size]),
-                 count(counted['after'][size] / _kept(counted)) if _kept(counted) else NONE])
+                 count(counted['after'][size] / audit.n_left(counted)) if audit.n_left(counted) else NONE])
   of = lambda key: [text[name]['statistics']['after'][key] / max(text[name]['statistics']['before'][key], 1)
                     for name in names]
   chart = plots.bars('left', f'Part of the lines (grey) and {size} that is left', names, of('lines'), of(size),
@@ -110,7 +106,7 @@ def _stages(counted: dict[str, Any]) -> Html:
   n = audit.n_documents(counted) - reasons.get('blank', 0)
   after = n - reasons.get('drop_doc', 0) - reasons.get('drop', 0)
   return paragraph(f'The document refiner keeps {count(after)} of {count(n)} documents ({_share(after, n)}); of these '
-                   f'the chunk refiner leaves something of {count(_kept(counted))}.')
+                   f'the chunk refiner leaves something of {count(audit.n_left(counted))}.')
 
 
 def _taken(run: Artefacts) -> Html:

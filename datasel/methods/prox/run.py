@@ -81,7 +81,7 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
     refiners = {'prox': _refiner(r)} | {name: RuleRefiner(rules) for name, rules in _rules(section).items()}
     outputs = {name: _refined(r, refiner, name, raw) for name, refiner in refiners.items()}
     for name in refiners if section.train_main else ():
-      if _left(outputs[name]) >= _FEWEST:
+      if outputs[name].n_train >= _FEWEST:
         stores[name] = _store(r, name, str(directory / 'refined' / name))
     for name, own in stores.items() if section.train_main else ():
       # They share their initialisation and their steps: they differ by the text alone.
@@ -89,7 +89,8 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
 
   def conclude() -> dict:
     summary = _outcome(config, directory, raw, taught, outputs, store)
-    summary['cost_flops'] = {name: stage.flops for name, stage in plan.items()} | {
+    made = {name: directory / name / 'stage.json' for name in plan}
+    summary['cost_flops'] = {name: workdir.read_json(path)['flops'] for name, path in made.items() if path.exists()} | {
       'refining': audit.flops(outputs['prox'].statistics['total'], refiners['prox'].flops_per_token)}
     for warning in summary['warnings']:
       logging.warning(warning)
@@ -250,12 +251,6 @@ def _prompts(section: ml_collections.ConfigDict, task: str, tokenizer: tokenizer
                            max_new_tokens=section.max_new_tokens)
 
 
-def _left(output: audit.Output) -> int:
-  """Documents that were not dropped."""
-  decided = output.statistics['total']['documents']
-  return decided.get('kept', 0) + decided.get('edited', 0)
-
-
 def _store(run: build.Run, name: str, corpus: str) -> Store:
   """The token store of a corpus's train text as one domain, with the tokenizer and the length of the run's own.
 
@@ -331,9 +326,8 @@ def _warnings(judged: dict[str, dict], outputs: dict[str, audit.Output]) -> list
     if not result:
       found.append(f'there were no test examples of a {task}: how well its refiner works is not known')
   for name, output in outputs.items():
-    counted, left = output.statistics['total'], _left(output)
-    if left < _FEWEST:
-      found.append(f'{name} leaves {left} of {audit.n_documents(counted)} documents: too few to train on')
-    if cut := counted['finished'].get('length', 0):
-      found.append(f'{name}: {cut} programs came to the limit of their length')
+    if output.n_train < _FEWEST:
+      found.append(f'{name} leaves {output.n_train} documents to train on: too few')
+    if near := output.statistics['total']['finished'].get('length', 0):
+      found.append(f'{name}: {near} programs came near the limit of their length, which may have ended them')
   return found

@@ -11,6 +11,7 @@ from datasel import config as config_lib
 from datasel import main, metrics, workdir
 from datasel.data import corpus as corpora
 from datasel.methods.prox import audit, examples, lines, refine, rule_refiner, run
+from datasel.models.mistral import Mistral
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 
@@ -134,6 +135,18 @@ def test_the_summary_is_that_of_the_main_models_and_the_audit(folder):
     assert words == summary['text'][name]['statistics']['after']['words']
     left = sum(record['decision'] != 'dropped' for record in records)
     assert (f'main-{name}' in {path.name for path in (folder / 'run').iterdir()}) == (left >= run._FEWEST)
+
+
+def test_the_cost_is_that_of_what_was_trained(folder):
+  cost = workdir.read_json(folder / 'run/summary.json')['cost_flops']
+  made = {path.parent.name: workdir.read_json(path)['flops'] for path in (folder / 'run').glob('*/stage.json')}
+  refining = cost.pop('refining')
+  assert cost == made and 'main-gopher' not in cost and cost['refiner-document'] != cost['refiner-chunk']
+  records = [record for _, record in audit.Output(folder / 'run/refined/prox').records()]
+  tokens = sum((record['document'] or {'tokens': 0})['tokens'] for record in records) + sum(
+    chunk['read'] + chunk['generated'] for record in records for chunk in record['chunks'])
+  model = Mistral(**workdir.read_json(folder / 'run/refiner-chunk/stage.json')['model'])
+  assert refining == pytest.approx(tokens * model.flops_per_token(0) / 3)
 
 
 def test_a_finished_run_is_left_as_it_is(folder):

@@ -10,6 +10,7 @@ Keys.  A key that is absent is absent: nobody passes dummies.
   loss_mask_BxL       float32  1 where the target counts, 0 elsewhere (padding, a document's end)
   segment_BxL         int32    which document of the packed row a token belongs to, from 1; 0 is padding
   position_BxL        int32    position inside that document, for RoPE
+  protected_BxL       bool     tokens that all later ones of their document see, whatever the anchors (AnLLM)
   domain_B            int32    index of the row's domain in the store's sorted list of domains
   example_B           int64    the row's record number in its domain, in the store or selection that it was read from
   weights_B           float32  weight of each example in the loss (PDS)

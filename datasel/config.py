@@ -292,6 +292,9 @@ def model(preset: str) -> ml_collections.ConfigDict:
     raise ValueError(f'unknown model preset {preset!r}, and no stage of a run either; known: {sorted(PRESETS)}')
   shape = PRESETS[preset] if preset in PRESETS else Mistral(**workdir.read_json(made)['model'])
   section = ml_collections.ConfigDict(dataclasses.asdict(shape) | {'rope_scaling': dict(shape.rope_scaling)})
+  if shape.anchors is None:
+    for field in ('anchors', 'anchor_sees_anchors', 'keep_bos'):  # they come with the method that trains with anchors
+      del section[field]
   for field, kind in (('window', int), ('residual_init_std', float)):
     if section[field] is None:
       section[field] = config_dict.placeholder(kind)

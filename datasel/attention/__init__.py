@@ -1,6 +1,6 @@
 """Attention: `attention(q, k, v, Mask(...))`."""
 
 from datasel.attention.api import attention
-from datasel.attention.masks import Mask
+from datasel.attention.masks import Anchors, Mask
 
-__all__ = ['Mask', 'attention']
+__all__ = ['Anchors', 'Mask', 'attention']

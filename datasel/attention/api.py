@@ -38,7 +38,7 @@ def attention(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Arra
   _check(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'unknown attention implementation {implementation!r}; known: {sorted(IMPLEMENTATIONS)}')
-  if implementation == 'reference':
+  if implementation == 'reference' or mask.anchors is not None:
     return checkpoint_name(reference(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask), primitives.SAVED)
   if implementation == 'cudnn':
     refusal = cudnn.refusal(mask.causal, mask.window, q_BxLxHxDh, mask.segment_BxL is not None)

@@ -6,7 +6,7 @@ nested dict of float32 arrays, whose layers are stacked on a leading axis, and a
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from datasel import sharding
-from datasel.attention import Mask, attention
+from datasel.attention import Anchors, Mask, anchors, attention
 from datasel.attention.cached import cached_attention
 from datasel.batch import Batch
+from datasel.data.anchors import Rule
 from datasel.models import rope
 from datasel.models.layers import ACTIVATIONS, NORMS, Attend, Block, Decoder, Norm
 
@@ -56,6 +57,9 @@ class Mistral:
   rope_theta: float = 1e4
   rope_scaling: tuple[tuple[str, Any], ...] = ()  # (('rope_type', 'linear'), ('factor', 2.0)): see models/rope.py
   window: int | None = None  # sliding attention window, tokens
+  anchors: Rule | None = None  # anchor attention: which tokens close a segment (AnLLM)
+  anchor_sees_anchors: bool = False  # as the authors' older code had it
+  keep_bos: bool = False  # all tokens of a document see its first one
   norm_eps: float = 1e-5
   init_std: float = 0.02
   residual_init_std: float | None = None  # of what writes to the residual stream; default init_std / sqrt(2 n_layers)
@@ -77,6 +81,12 @@ class Mistral:
     object.__setattr__(self, 'rope_scaling', tuple(sorted((str(k), v) for k, v in dict(self.rope_scaling).items())))
     if self.rope_scaling:
       rope.check_scaling(dict(self.rope_scaling))
+    if isinstance(self.anchors, Mapping):
+      object.__setattr__(self, 'anchors', Rule(**self.anchors))
+    if self.anchors is not None and self.window is not None:
+      raise ValueError(f'model window {self.window} and anchors {self.anchors}: attention has one or the other')
+    if self.anchors is None and (self.anchor_sees_anchors or self.keep_bos):
+      raise ValueError('model anchor_sees_anchors and keep_bos go with anchors, and there are none')
     for name, known in (('activation', ACTIVATIONS), ('norm', NORMS)):
       if getattr(self, name) not in known:
         raise ValueError(f'unknown model {name} {getattr(self, name)!r}; known: {sorted(known)}')
@@ -98,10 +108,11 @@ class Mistral:
   def flops_per_token(self, length: int) -> float:
     """Training FLOPs per token: 6 per matrix parameter (the head once, the embedding look-up none) and
     12 n_layers H Dh times the mean number of visible positions, which is L/2 under causal attention and
-    W - W^2/2L in a window of W < L (each less than the exact mean by at most half a position)."""
+    W - W^2/2L in a window of W < L (each less than the exact mean by at most half a position).  With anchors it is
+    the text's affair how many are visible: none are counted."""
     matrices = self.n_params - (0 if self.tied else self.vocab_size * self.d_model)
     window = min(self.window or length, length)
-    visible = window - window**2 / (2 * length) if length else 0.0
+    visible = window - window**2 / (2 * length) if length and self.anchors is None else 0.0
     return 6.0 * matrices + 12.0 * self.n_layers * self.n_heads * self.head_dim * visible
 
   def init(self, key: jax.Array) -> dict:
@@ -118,21 +129,59 @@ class Mistral:
     """The parameters' tree with ShapeDtypeStructs."""
     return _abstract(self)
 
+  def mask(self, tokens_BxL: jax.Array, segment_BxL: jax.Array | None = None,
+           protected_BxL: jax.Array | None = None) -> Mask:
+    """What each token sees; protected_BxL: bool, of a model with anchors, what all later tokens of a document see."""
+    if self.anchors is None:
+      if protected_BxL is not None:
+        raise ValueError('protected_BxL is given to a model without anchors, where every token sees all before it')
+      return Mask(causal=True, window=self.window, segment_BxL=segment_BxL)
+    anchor_BxL, _ = anchors.flags(tokens_BxL, self.anchors, segment_BxL)
+    segments = anchors.segments(anchor_BxL, segment_BxL, anchor_sees_anchors=self.anchor_sees_anchors,
+                                keep_bos=self.keep_bos, protected_BxL=protected_BxL)
+    L = tokens_BxL.shape[1]
+    size = max(1, L // self.anchors.min_length) if segments.protected_BxL is None else L
+    return Mask(anchors=Anchors(segments, size))
+
   def hidden(self, params: dict, tokens_BxL: jax.Array, segment_BxL: jax.Array | None = None,
-             position_BxL: jax.Array | None = None) -> jax.Array:
+             position_BxL: jax.Array | None = None, protected_BxL: jax.Array | None = None) -> jax.Array:
     """B x L x D activations after the last norm, in the compute dtype."""
-    mask = Mask(causal=True, window=self.window, segment_BxL=segment_BxL)
+    mask = self.mask(tokens_BxL, segment_BxL, protected_BxL)
     attend = lambda q, k, v: (attention(q, k, v, mask, implementation=self.attention), None)
-    layer = self._layer(attend, _positions(tokens_BxL) if position_BxL is None else position_BxL)
-    if REMAT[self.remat] is not None:
-      layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-    x_BxLxD, _ = jax.lax.scan(layer, self._embed(params, tokens_BxL), params['blocks'])
-    return self._norm(params, x_BxLxD)
+    return self.read(params, tokens_BxL, position_BxL, attend, remat=self.remat)[0]
 
   def apply(self, params: dict, tokens_BxL: jax.Array, segment_BxL: jax.Array | None = None,
-            position_BxL: jax.Array | None = None) -> jax.Array:
+            position_BxL: jax.Array | None = None, protected_BxL: jax.Array | None = None) -> jax.Array:
     """float32 logits B x L x V.  For losses use `token_nll`, which never builds them whole."""
-    return self.logits(params, self.hidden(params, tokens_BxL, segment_BxL, position_BxL))
+    return self.logits(params, self.hidden(params, tokens_BxL, segment_BxL, position_BxL, protected_BxL))
+
+  def read(self, params: dict, tokens_BxL: jax.Array, position_BxL: jax.Array | None, attend: Attend, *,
+           remat: str = 'none') -> tuple[jax.Array, Any]:
+    """(hidden_BxLxD, what `attend` kept of each layer, stacked): all layers, with that attention in each.
+
+    position_BxL: None for 0, 1, ...
+    """
+    layer = self._layer(attend, _positions(tokens_BxL) if position_BxL is None else position_BxL)
+    if REMAT[remat] is not None:
+      layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
+    x_BxLxD, kept = jax.lax.scan(layer, self._embed(params, tokens_BxL), params['blocks'])
+    return self._norm(params, x_BxLxD), kept
+
+  def read_on(self, params: dict, tokens_BxL: jax.Array, position_BxL: jax.Array, cache: Any,
+              attend: Callable[..., tuple[jax.Array, Any]]) -> tuple[jax.Array, Any]:
+    """(hidden_BxLxD, the cache): all layers, layer n by attend(q, k, v, cache, n) -> (B x L x H x Dh, the cache).
+
+    The cache is carried from layer to layer, not scanned over: so it is updated in place.
+    """
+    def layer(carry, layer):
+      x_BxLxD, cache = carry
+      layer_params, n = layer
+      own = self._layer(lambda q, k, v: attend(q, k, v, cache, n), position_BxL)
+      return own(x_BxLxD, layer_params), None
+
+    (x_BxLxD, cache), _ = jax.lax.scan(
+      layer, (self._embed(params, tokens_BxL), cache), (params['blocks'], jnp.arange(self.n_layers)))
+    return self._norm(params, x_BxLxD), cache
 
   def logits(self, params: dict, hidden_BxLxD: jax.Array) -> jax.Array:
     """float32 B x L x V, of what `hidden`, `prefill` or `extend` gave."""
@@ -149,12 +198,12 @@ class Mistral:
     Slot t of a row's cache, of `cache_length` >= L slots, holds its position t.  What padding wrote there is never
     seen: a position sees only earlier ones, and `extend` writes a slot before it shows it.
     """
+    self._check_full_cache()
     mask = Mask(causal=True, window=self.window)
     kept = lambda k, v: {'key': k.swapaxes(1, 2), 'value': v.swapaxes(1, 2)}
     attend = lambda q, k, v: (attention(q, k, v, mask, implementation=self.attention), kept(k, v))
-    layer = self._layer(attend, _positions(tokens_BxL))
-    x_BxLxD, cache = jax.lax.scan(layer, self._embed(params, tokens_BxL), params['blocks'])
-    return self._norm(params, x_BxLxD), self.grow(cache, cache_length)
+    hidden_BxLxD, cache = self.read(params, tokens_BxL, None, attend)
+    return hidden_BxLxD, self.grow(cache, cache_length)
 
   def grow(self, cache: dict, length: int) -> dict:
     """The same cache with room for `length` positions, no fewer than it has."""
@@ -168,6 +217,7 @@ class Mistral:
     position_BxL: int32, each token's position and slot; -1 for none there: it is not written and its hidden state
     means nothing.
     """
+    self._check_full_cache()
     length = cache['key'].shape[3]
     slot_BxL = jnp.where(position_BxL < 0, length, position_BxL)  # out of range: dropped by the scatter
     age_BxLxT = position_BxL[:, :, None] - jnp.arange(length)[None, None]
@@ -179,27 +229,25 @@ class Mistral:
       cache = {'key': put('key', k), 'value': put('value', v)}
       return cached_attention(q, cache['key'][n], cache['value'][n], visible_BxLxT), cache
 
-    def layer(carry, layer):  # the cache is carried, not scanned over: so it is updated in place
-      x_BxLxD, cache = carry
-      layer_params, n = layer
-      own = self._layer(functools.partial(attend, cache=cache, n=n), jnp.maximum(position_BxL, 0))
-      return own(x_BxLxD, layer_params), None
-
-    (x_BxLxD, cache), _ = jax.lax.scan(
-      layer, (self._embed(params, tokens_BxL), cache), (params['blocks'], jnp.arange(self.n_layers)))
-    return self._norm(params, x_BxLxD), cache
+    return self.read_on(params, tokens_BxL, jnp.maximum(position_BxL, 0), cache, attend)
 
   def token_nll(self, params: dict, batch: Batch) -> jax.Array:
     """float32 B x L negative log-likelihood of `targets_BxL`, nats, unmasked.
 
     The logits of `loss_chunk` positions exist at a time, forward and backward, so memory does not grow with L x V.
     """
-    hidden_BxLxD = self.hidden(params, batch['tokens_BxL'], batch.get('segment_BxL'), batch.get('position_BxL'))
+    hidden_BxLxD = self.hidden(params, batch['tokens_BxL'], batch.get('segment_BxL'), batch.get('position_BxL'),
+                               batch.get('protected_BxL'))
     return self.nll(params, hidden_BxLxD, batch['targets_BxL'])
 
   def nll(self, params: dict, hidden_BxLxD: jax.Array, targets_BxL: jax.Array) -> jax.Array:
     """`token_nll` of what `hidden`, `prefill` or `extend` gave."""
     return sharding.by_batch_shard(self._head_nll, self._head(params), ('vocab', 'embed'), hidden_BxLxD, targets_BxL)
+
+  def _check_full_cache(self) -> None:
+    if self.anchors is not None:
+      raise ValueError('a model with anchors decodes with its own cache: '
+                       'datasel.methods.anllm.cache.AnchorDecoder(model) stands in for it')
 
   def _layer(self, attend: Attend, position_BxL: jax.Array) -> Callable[[jax.Array, dict], tuple[jax.Array, Any]]:
     """(x_BxLxD, a layer's parameters) -> (x_BxLxD, what `attend` keeps): one turn of the scan over the layers."""

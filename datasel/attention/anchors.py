@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from datasel.data.anchors import Rule
+
 
 class Segments(NamedTuple):
   """An anchor mask in O(L): query i sees key j exactly if one of these two, which never hold both.
@@ -100,6 +102,121 @@ def visible(anchor_BxL: jax.Array, segment_BxL: jax.Array | None = None, *, anch
     seen |= key(protected_BxL)
   positions = _positions(anchor_BxL)
   return seen & (key(positions) <= query(positions)) & equal(document_BxL) & query(real_BxL) & key(real_BxL)
+
+
+class Open(NamedTuple):
+  """Where a stream stands, for `flags` to go on from: after a chunk, for each row, both int32."""
+
+  length_B: jax.Array  # tokens of the segment that is open; 0 after an anchor
+  document_B: jax.Array  # the document it is in, as segment_BxL numbers them; 0 before the first token
+
+
+def flags(tokens_BxL: jax.Array, rule: Rule, segment_BxL: jax.Array | None = None,
+          state: Open | None = None) -> tuple[jax.Array, Open]:
+  """(anchor_BxL, Open): bool, the token closes its segment by `rule`; and the state for the next chunk.
+
+  The same flags for a row in one call and cut into chunks, of any lengths, each call given the state of the last.
+  tokens_BxL: int.  segment_BxL: int32, the document of each token; segments begin anew with each.  0 is padding,
+  which may be anywhere, is no anchor and leaves the state alone: so rows of a chunk may differ in length.  None: all
+  is document 1.  state: None at the beginning.
+  Arrays of numpy give arrays of numpy, with nothing on a device; others jax's, for use under jit.
+  ValueError for arrays of another type or shape.
+  """
+  check_rows('tokens_BxL', tokens_BxL, np.integer, 'integers')
+  B, L = tokens_BxL.shape
+  given = [x for x in (segment_BxL, *(state or ())) if x is not None]
+  xp = namespace(tokens_BxL, *given)
+  if segment_BxL is None:
+    segment_BxL = xp.ones((B, L), np.int32)
+  check_rows('segment_BxL', segment_BxL, np.integer, 'int32', (B, L))
+  segment_BxL = segment_BxL.astype(np.int32)
+  if state is None:
+    state = Open(xp.zeros(B, np.int32), xp.zeros(B, np.int32))
+  for name, x_B in zip(Open._fields, state):
+    if np.shape(x_B) != (B,) or not jnp.issubdtype(x_B.dtype, np.integer):
+      raise ValueError(f'anchors: state.{name} is {x_B.dtype} {np.shape(x_B)}, want int32 {(B,)}: one for each row of '
+                       'tokens_BxL')
+
+  real_BxL = segment_BxL > 0
+  candidate_BxL = real_BxL & xp.isin(tokens_BxL, np.array(rule.anchor_ids, np.int32))
+  begins_BxL = document_starts(segment_BxL, state.document_B)
+  rank_BxL = xp.cumsum(real_BxL, axis=1, dtype=np.int32) - real_BxL  # among the real tokens: padding takes no room
+  first_B = -state.length_B  # the rank at which the segment now open began
+
+  def stretch_start(closes_BxL):
+    """The rank after the last of these tokens or at the document's start, whichever is later, for each token; and for
+    the one after the row."""
+    after_BxL = xp.where(closes_BxL, rank_BxL + 1, first_B[:, None])
+    after_BxT = xp.concatenate([first_B[:, None], after_BxL], axis=1)
+    begins_BxT = xp.concatenate([xp.where(begins_BxL, rank_BxL, first_B[:, None]), first_B[:, None]], axis=1)
+    return cummax(xp.maximum(after_BxT, begins_BxT))
+
+  if rule.min_length == 1:
+    anchor_BxL = candidate_BxL
+    if rule.max_length is not None:  # every so many tokens after a candidate, all of which close
+      length_BxL = rank_BxL - stretch_start(candidate_BxL)[:, :-1] + 1
+      anchor_BxL = candidate_BxL | (real_BxL & (length_BxL % rule.max_length == 0))
+  else:
+    closed_BxT = _chain(rule, candidate_BxL, begins_BxL, rank_BxL, first_B)
+    anchor_BxL = real_BxL & xp.take_along_axis(closed_BxT, rank_BxL, axis=1)
+
+  last_B = xp.max(xp.where(real_BxL, xp.arange(1, L + 1, dtype=np.int32)[None], 0), axis=1)
+  documents_BxT = xp.concatenate([state.document_B[:, None], segment_BxL], axis=1)
+  length_B = xp.sum(real_BxL, axis=1, dtype=np.int32) - stretch_start(anchor_BxL)[:, -1]
+  return anchor_BxL, Open(length_B, xp.take_along_axis(documents_BxT, last_B[:, None], axis=1)[:, 0])
+
+
+def must_close(state: Open, rule: Rule) -> jax.Array:
+  """bool B: the next token closes the segment whatever it is.  Where anchors are a token of their own, feed that."""
+  xp = namespace(state.length_B)
+  if rule.max_length is None:
+    return xp.zeros(len(state.length_B), bool)
+  return state.length_B == rule.max_length - 1
+
+
+def _chain(rule, candidate_BxL, begins_BxL, rank_BxL, first_B):
+  """bool B x (L + 1), by rank: the anchors, when which candidates count depends on the anchor before.
+
+  From where a segment begins, where it closes is a look-up; so all segments of a row are found by following look-ups
+  from the documents' starts, twice as many at a time in each round: O(L log L), in no loop over tokens.
+  """
+  xp = namespace(candidate_BxL)
+  B, L = candidate_BxL.shape
+  rank_1xT = xp.arange(L + 1, dtype=np.int32)[None]
+  nowhere = np.int32(L)  # no token has this rank; what is marked there, or past the last token, is never read
+
+  def mark(at_BxN):
+    """bool B x (L + 1), True at these ranks."""
+    if xp is jnp:  # row by row, so that rows on several devices have nothing to exchange
+      return jax.vmap(lambda at_N: jnp.zeros(L + 1, bool).at[at_N].set(True))(at_BxN)
+    marked_BxT = np.zeros((B, L + 1), bool)
+    np.put_along_axis(marked_BxT, at_BxN, True, axis=1)
+    return marked_BxT
+
+  def next_at(mark_BxL):
+    """The first marked rank from each rank on, or nowhere."""
+    at_BxT = xp.where(mark(xp.where(mark_BxL, rank_BxL, nowhere)), rank_1xT, nowhere)
+    return np.minimum.accumulate(at_BxT[:, ::-1], axis=1)[:, ::-1] if xp is np else lax.cummin(at_BxT, 1, reverse=True)
+
+  next_candidate_BxT, next_begin_BxT = next_at(candidate_BxL), next_at(begins_BxL)
+
+  def close(start, end):
+    """Where a segment that begins at rank `start` closes, its document ending before rank `end`, or nowhere."""
+    earliest = xp.clip(start + (rule.min_length - 1), 0, L)
+    at = xp.take_along_axis(next_candidate_BxT, earliest, axis=1)
+    if rule.max_length is not None:
+      at = xp.minimum(at, xp.maximum(start + (rule.max_length - 1), 0))
+    return xp.where(at < end, at, nowhere)
+
+  after_BxT = xp.concatenate([next_begin_BxT[:, 1:], xp.full((B, 1), nowhere)], axis=1)
+  close_BxT = close(xp.broadcast_to(rank_1xT, (B, L + 1)), after_BxT)
+  next_BxT = xp.concatenate([close_BxT[:, 1:], xp.full((B, 1), nowhere)], axis=1)  # from an anchor to the next
+  starts_BxL = xp.where(begins_BxL, xp.take_along_axis(close_BxT, rank_BxL, axis=1), nowhere)
+  closed_BxT = mark(starts_BxL) | mark(close(first_B[:, None], next_begin_BxT[:, :1]))
+  for _ in range((L // rule.min_length + 1).bit_length()):
+    closed_BxT = closed_BxT | mark(xp.where(closed_BxT, next_BxT, nowhere))
+    next_BxT = xp.take_along_axis(next_BxT, next_BxT, axis=1)
+  return closed_BxT
 
 
 def document_starts(segment_BxL: jax.Array, document_B: jax.Array) -> jax.Array:

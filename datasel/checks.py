@@ -8,7 +8,7 @@ import shutil
 import jax
 import ml_collections
 
-from datasel import build, sharding, workdir
+from datasel import build, pretrained, sharding, workdir
 from datasel.data import tokenizer as tokenizer_lib
 from datasel.data.store import Store
 from datasel.models.mistral import Mistral
@@ -27,7 +27,7 @@ def check_store(store: Store, config: ml_collections.ConfigDict, models: dict[st
       raise ValueError(f'{store.path} has token ids up to {store.vocab_size - 1}, but {name}.vocab_size is '
                        f'{m.vocab_size}; set it to at least {store.vocab_size}')
   if config.data.tokenizer:
-    wanted = tokenizer_lib.load(config.data.tokenizer)
+    wanted = tokenizer_lib.load(pretrained.tokenizer_path(config.data.tokenizer))
     if wanted.digest != store.tokenizer['digest']:
       raise ValueError(
         f'config.data.tokenizer {config.data.tokenizer!r} is not the tokenizer that {store.path} was made with '
@@ -91,10 +91,10 @@ def check_starting_point(stage: build.Stage, store: Store) -> None:
   if differ:
     raise ValueError(f'{stage.name}: the parameters of init_from {checkpoints} belong to another function: '
                      f'{", ".join(differ)}; set the keys of config.model to what they were trained with')
-  shape = lambda params: jax.tree.map(lambda a: a.shape, params)
-  if shape(Mistral(**made['model']).abstract()) != shape(stage.model.abstract()):
-    differ = [f'{k} {v} (there: {made["model"][k]})' for k, v in dataclasses.asdict(stage.model).items()
-              if v != made['model'][k]]
+  shape, theirs = lambda params: jax.tree.map(lambda a: a.shape, params), Mistral(**made['model'])
+  if shape(theirs.abstract()) != shape(stage.model.abstract()):
+    differ = [f'{k} {v} (there: {getattr(theirs, k)})' for k, v in dataclasses.asdict(stage.model).items()
+              if v != getattr(theirs, k)]
     raise ValueError(f'{stage.name}: init_from {checkpoints} holds a model of another shape: {", ".join(differ)}')
 
 

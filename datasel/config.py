@@ -30,7 +30,7 @@ def base(method: str) -> ml_collections.ConfigDict:
   config.data.selection = ''  # a selection.npz of that store, as PDS makes it: train on its records alone; '': on all
   config.data.demo = ''  # without a store: 'lean', 'default' or 'offline', fetched, tokenised and packed first
   config.data.length = 1024  # tokens of a sequence; must be the store's
-  config.data.tokenizer = ''  # if given, name or file of the tokenizer that the store must have been made with
+  config.data.tokenizer = ''  # name or file, or 'demo:smollm2': the store must have been made with it; '': any
   config.data.verify = 'full'  # 'full': sha256 of every shard before the run; 'size': their sizes only
   config.data.prefetch = 2  # batches read ahead
   config.data.block = 65536  # sequences in which the mixture is met exactly
@@ -240,6 +240,45 @@ def prox() -> ml_collections.ConfigDict:
   return section
 
 
+def anllm() -> ml_collections.ConfigDict:
+  """The section of AnLLM, as its paper has it; methods/anllm/run.py says what each part does."""
+  section = ml_collections.ConfigDict()
+  section.arms = 'full,ep'  # what is trained: of full, ep, ac, fixed; with -sees, -bos for a mask's switches
+  section.init_from = ''  # a trained model that all of them start from, as datasel.load reads; '': fresh parameters
+  section.mixture = 'tokens'  # 'tokens', 'examples', 'uniform', or a mixture file
+  section.symbols = '.'  # of 'ep': its characters are anchors
+  section.anchored_store = ''  # of 'ac': the text with an anchor token between sentences; '': of a demo, made here
+  section.anchor_row = 'mean'  # first value of that token's row: 'mean' of the others; 'copy_period' as the code has it
+  section.min_length = 1  # tokens of a segment at least, and
+  section.max_length = 0  # at most; 0: however many
+  section.fixed_length = 32  # of 'fixed'
+  section.contexts = '256,512,1024,2048,4096'  # tokens of a window for perplexity, those that the store's rows have
+  section.context_sequences = 64  # held-out sequences that are read for it
+  section.sets = ''  # of questions: 'socialiqa,quartz', or files of {question, choices, gold} a line; '': none
+  section.shots = '0,5'  # demonstrations before a question
+  section.questions = 200  # of each set
+  section.question_batch = 8  # rows that are decoded at once
+  section.timed = 8  # questions that are also answered without a cache, which is slow
+  return section
+
+
+def anllm_7b(arm: str) -> ml_collections.ConfigDict:
+  """AnLLM's Llama-2-7B as published: 930,514 documents, each cut to 4,096 tokens, read once."""
+  config = base('anllm')
+  config.data.length = 4096
+  config.model = model('llama2_7b')
+  config.train.steps, config.train.batch_size, config.train.microbatches = 1818, 512, 16
+  config.train.checkpoint_every, config.train.eval_every, config.train.eval_sequences = 100, 300, 64
+  config.optimizer.peak_lr, config.optimizer.schedule = 2e-5, 'constant'
+  config.optimizer.warmup_fraction = 20 / 1818
+  config.optimizer.b2, config.optimizer.weight_decay, config.optimizer.clip = 0.999, 0.0, 1.0
+  config.anllm = anllm()
+  config.anllm.arms = arm
+  config.anllm.sets = 'socialiqa,quartz,mmlu,logiqa'
+  config.anllm.questions = 1000
+  return config
+
+
 def tlm(method: str, main_model: str, peak_lr: float, end_lr: float) -> ml_collections.ConfigDict:
   """ProX's own models as published: 26.2B tokens in sequences of 2,048."""
   config = base(method)
@@ -340,6 +379,10 @@ def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.Config
       section.proxies, section.held_out, section.draws = 12, 4, 2000
       section.rounds, section.added = min(section.rounds, 2), min(section.added, 4)
       section.max_epochs = 0.0
+    if 'anllm' in config:
+      section = config.anllm
+      section.init_from, section.mixture, section.anchored_store = '', 'tokens', ''
+      section.contexts, section.context_sequences, section.sets, section.question_batch = '16,64', 4, '', 4
     if 'prox' in config:
       section = config.prox
       section.corpus, section.examples, section.documents = 'demo:offline', 'rules:boilerplate+gopher', 200
@@ -374,6 +417,10 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
     least |= {f'regmix.{key}': 0 for key in ('held_out', 'chunk', 'group', 'added', 'max_epochs', 'kappa', 'kl')}
   if 'prox' in config:
     least |= {f'prox.{key}': 1 for key in ('documents', 'steps', 'batch_size', 'microbatches', 'refine_batch')}
+  if 'anllm' in config:
+    least |= {f'anllm.{key}': 1 for key in (
+      'min_length', 'fixed_length', 'context_sequences', 'questions', 'question_batch', 'timed')}
+    least |= {'anllm.max_length': 0}
   for path, smallest in least.items():
     if flat[path] < smallest:
       raise ValueError(f'config.{path} is {flat[path]}; want at least {smallest}')

@@ -110,18 +110,27 @@ def warp(logits_BxV: jax.Array, temperature: jax.Array, top_k: int, top_p: jax.A
 
 
 @functools.partial(jax.jit, static_argnames=('length', 'program'))
-def read(params: dict, tokens_BxL: jax.Array, length_B: jax.Array, index_B: jax.Array, real_B: jax.Array, carry: Any,
-         knobs: dict, constraint: Constraint | None, *, length: int, program: Program) -> tuple[dict, dict]:
-  """Reads prompts padded on the right, into a cache of `length` slots, and chooses the first token of each row.
-
-  Returns the state to `add` to, and what the host needs: {'tokens_BxN', 'logprobs_BxN', 'status'}, here N = 1.
-  """
+def read(params: dict, tokens_BxL: jax.Array, length_B: jax.Array, *, length: int,
+         program: Program) -> tuple[jax.Array, Any]:
+  """Reads prompts padded on the right: (the hidden state of each one's last token, B x 1 x D; their cache of `length`
+  slots)."""
   with program.layout():
     hidden_BxLxD, cache = program.model.prefill(params, tokens_BxL, length)
-    last_Bx1xD = jnp.take_along_axis(hidden_BxLxD, length_B[:, None, None] - 1, axis=1)
-    state = {'cache': cache, 'carry': carry, 'index_B': index_B, 'position_B': length_B - 1,
-             'count_B': jnp.zeros_like(length_B), 'token_B': jnp.zeros_like(length_B), 'running_B': real_B,
-             'eos_B': jnp.zeros_like(real_B), 'dead_B': jnp.zeros_like(real_B)}
+    return jnp.take_along_axis(hidden_BxLxD, length_B[:, None, None] - 1, axis=1), cache
+
+
+@functools.partial(jax.jit, static_argnames='program')
+def begin(params: dict, last_Bx1xD: jax.Array, length_B: jax.Array, index_B: jax.Array, real_B: jax.Array, carry: Any,
+          knobs: dict, constraint: Constraint | None, *, program: Program) -> tuple[dict, dict]:
+  """Chooses the first token of each row, after texts of length_B tokens.
+
+  Returns the state that, with the 'cache', is to be `add`ed to, and what the host needs: {'tokens_BxN', 'logprobs_BxN',
+  'count_B', 'running_B', 'eos_B', 'dead_B'}, here N = 1.
+  """
+  with program.layout():
+    state = {'carry': carry, 'index_B': index_B, 'position_B': length_B - 1, 'count_B': jnp.zeros_like(length_B),
+             'token_B': jnp.zeros_like(length_B), 'running_B': real_B, 'eos_B': jnp.zeros_like(real_B),
+             'dead_B': jnp.zeros_like(real_B)}
     state, logprob_B = _choose(program, params, last_Bx1xD, state, knobs, constraint)
     return state, _outcome(program, state, state['token_B'][:, None], logprob_B[:, None])
 
@@ -131,7 +140,7 @@ def add(params: dict, state: dict, keep_B: jax.Array, knobs: dict, constraint: C
         program: Program) -> tuple[dict, dict]:
   """`steps` more tokens for the rows that are running and in `keep_B`, fewer when none is left.
 
-  Returns as `read` does, with N = `steps`; the tokens a row gained are its first ones.
+  Returns as `begin` does, with N = `steps`; the tokens a row gained are its first ones.
   """
   with program.layout():
     state = state | {'running_B': state['running_B'] & keep_B}
@@ -153,26 +162,21 @@ def add(params: dict, state: dict, keep_B: jax.Array, knobs: dict, constraint: C
 
 
 @functools.partial(jax.jit, static_argnames=('length', 'program'))
-def grow(cache: Any, *, length: int, program: Program) -> Any:
-  """The same cache with room for `length` positions."""
+def grow(cache: Any, *, length: Any, program: Program) -> Any:
+  """The same cache with room for `length` positions, or what else its model counts room by."""
   with program.layout():
     return program.model.grow(cache, length)
 
 
-@functools.partial(jax.jit, static_argnames=('length', 'program'))
-def read_only(params: dict, tokens_BxL: jax.Array, *, length: int, program: Program) -> Any:
-  """The cache of prompts, to `score` after."""
-  with program.layout():
-    return program.model.prefill(params, tokens_BxL, length)[1]
-
-
 @functools.partial(jax.jit, static_argnames='program')
-def score(params: dict, cache: Any, tokens_BxL: jax.Array, targets_BxL: jax.Array, position_BxL: jax.Array, *,
-          program: Program) -> jax.Array:
-  """float32 B x L: the log-probability of each target after its token; the cache stays as it is."""
+def score(params: dict, cache: Any, last_Bx1xD: jax.Array, tokens_BxL: jax.Array, targets_BxT: jax.Array,
+          position_BxL: jax.Array, *, program: Program) -> jax.Array:
+  """float32 B x T, T = L + 1: the log-probability of the first target after the text in the cache, whose last hidden
+  state is given, and of the others after the tokens; the cache stays as it is."""
   with program.layout():
     hidden_BxLxD, _ = program.model.extend(params, tokens_BxL, position_BxL, cache)
-    return program.whole(-program.model.nll(params, hidden_BxLxD, targets_BxL))
+    hidden_BxTxD = jnp.concatenate([last_Bx1xD, hidden_BxLxD], axis=1)
+    return program.whole(-program.model.nll(params, hidden_BxTxD, targets_BxT))
 
 
 def _choose(program: Program, params: dict, hidden_Bx1xD: jax.Array, state: dict, knobs: dict,

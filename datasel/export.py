@@ -6,6 +6,7 @@ The source may be anything that datasel.load reads.  transformers, lm-eval, vLLM
 """
 
 import argparse
+import logging
 import math
 import os
 import pathlib
@@ -38,6 +39,8 @@ def export(source: str, out: str, *, revision: str | None = None, tokenizer: str
   tokens = found.tokenizer()
   config = hf.to_config(found.model, max_length=found.max_length, bos_id=tokens.bos_id, eos_id=tokens.eos_id,
                         dtype=dtype)
+  if found.model.anchors is not None:
+    logging.warning('%s attends by %s; other tools will let each token see all before it', source, found.model.anchors)
   partial = folder.with_name(f'.{folder.name}.partial')
   shutil.rmtree(partial, ignore_errors=True)  # left by a kill
   partial.mkdir(parents=True)
@@ -72,7 +75,9 @@ def _write_tokenizer(source: pathlib.Path, folder: pathlib.Path, tokens, max_len
   workdir.write_json(stated, {'model_max_length': max_length, 'clean_up_tokenization_spaces': False} | config
                      | {'tokenizer_class': 'PreTrainedTokenizerFast'})
   theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  for text, ids, got in zip(probes, tokens.encode_batch(probes), theirs(probes, add_special_tokens=False)['input_ids']):
+  # transformers knows an anchor's token, but puts none between sentences.
+  ours = tokens.plain.encode_batch(probes)
+  for text, ids, got in zip(probes, ours, theirs(probes, add_special_tokens=False)['input_ids']):
     if got != ids.tolist():
       raise ValueError(f'transformers would read the tokenizer of {source} otherwise: {text!r} is {got} to it, '
                        f'{ids.tolist()} here; give its tokenizer.json with --tokenizer')

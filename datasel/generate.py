@@ -68,6 +68,7 @@ class Generator:
     if max_length is not None and max_length < 2:
       raise ValueError(f'max_length {max_length}, want at least 2: a prompt and what follows it')
     self.model, self.batch_size, self.max_length = model, batch_size, max_length
+    self._start = 0  # tokens that stand before every prompt
     self._mesh, self._rules, self._pad, self._detokenize = mesh, rules, pad_id, detokenize
     self._check_tokens('pad_id', [pad_id])
     self._eos = self._check_tokens('eos_ids', eos_ids) if len(eos_ids) else np.zeros(0, np.int32)
@@ -133,43 +134,38 @@ class Generator:
 
   def _score(self, batch: list) -> list[list[np.ndarray]]:
     program, B = self._program(), self.batch_size
-    tokens_BxL, length_B = self._padded([prompt for _, prompt, _ in batch])
+    last_Bx1xD, cache, _ = self._read([(n, prompt) for n, prompt, _ in batch],
+                                      [max(map(len, given)) for *_, given in batch], program)
     width = self._bucket(max(len(tokens) for *_, given in batch for tokens in given))
-    length = self._bucket(max(len(prompt) + max(map(len, given)) for _, prompt, given in batch))
-    cache = decode.read_only(self.params, self._put_rows(tokens_BxL), length=max(length, tokens_BxL.shape[1]),
-                             program=program)
     scores = [[] for _ in batch]
     for c in range(max(len(given) for *_, given in batch)):
-      fed_BxL, targets_BxL, position_BxL = (np.full((B, width), fill, np.int32) for fill in (0, 0, -1))
+      fed_BxL, position_BxL = (np.full((B, width), fill, np.int32) for fill in (0, -1))
+      targets_BxT = np.zeros((B, width + 1), np.int32)
       for b, (_, prompt, given) in enumerate(batch):
         if c < len(given):
           N = len(given[c])
-          # Reading the last token of the prompt again gives what follows it, and writes what was there.
-          fed_BxL[b, :N] = [prompt[-1], *given[c][:-1]]
-          targets_BxL[b, :N] = given[c]
-          position_BxL[b, :N] = length_B[b] - 1 + np.arange(N)
-      arrays = self._put_rows((fed_BxL, targets_BxL, position_BxL))
-      logprobs_BxL = np.asarray(decode.score(self.params, cache, *arrays, program=program))
+          # After the prompt's last token comes the first target; the last target is not read.
+          fed_BxL[b, :N - 1] = given[c][:-1]
+          targets_BxT[b, :N] = given[c]
+          position_BxL[b, :N - 1] = self._start + len(prompt) + np.arange(N - 1)
+      arrays = self._put_rows((fed_BxL, targets_BxT, position_BxL))
+      logprobs_BxT = np.asarray(decode.score(self.params, cache, last_Bx1xD, *arrays, program=program))
       for b, (*_, given) in enumerate(batch):
         if c < len(given):
-          scores[b].append(logprobs_BxL[b, :len(given[c])])
+          scores[b].append(logprobs_BxT[b, :len(given[c])])
     return scores
 
   def _generate(self, batch: list[tuple[int, np.ndarray]], max_new_tokens: int, stops: '_Stops', knobs: dict,
                 program: decode.Program) -> list[tuple[int, Generated]]:
-    rows = [_Row(n, len(prompt)) for n, prompt in batch]
-    tokens_BxL, length_B = self._padded([prompt for _, prompt in batch])
+    rows = [Row(n, self._start + len(prompt), max_new_tokens) for n, prompt in batch]
+    last_Bx1xD, cache, slots = self._read(batch, [min(_STEPS, max_new_tokens)] * len(batch), program)
+    unused = self.batch_size - len(rows)
     real_B = np.arange(self.batch_size) < len(rows)
-    index_B = np.array([row.index for row in rows] + [rows[0].index] * (self.batch_size - len(rows)))
-    carry = () if self._constraint is None else self._constraint.begin(index_B)
-
-    def slots() -> int:
-      """Slots that the next steps write to at most."""
-      return max(row.length + min(len(row.tokens) + _STEPS, max_new_tokens) for row in rows if row.running)
-
-    length = max(self._bucket(slots()), tokens_BxL.shape[1])
-    arrays = self._put_rows((tokens_BxL, length_B, index_B.astype(np.int32), real_B, carry))
-    state, outcome = decode.read(self.params, *arrays, knobs, self._held, length=length, program=program)
+    index_B = np.array([row.index for row in rows] + [rows[0].index] * unused, np.int32)
+    length_B = np.array([row.length for row in rows] + [1] * unused, np.int32)
+    arrays = self._put_rows((length_B, index_B, real_B, self._carry(index_B, slots)))
+    state, outcome = decode.begin(self.params, last_Bx1xD, *arrays, knobs, self._held, program=program)
+    state['cache'] = cache
     while True:
       outcome = jax.device_get(outcome)
       for b, row in enumerate(rows):
@@ -177,11 +173,29 @@ class Generator:
           row.take({name: x[b] for name, x in outcome.items()}, stops)
       if not any(row.running for row in rows):
         return [(row.index, row.result(self._detokenize)) for row in rows]
-      if slots() > length:
-        length = self._bucket(slots())
+      length = slots.wanted(rows, _STEPS)
+      if length != slots.length:
+        slots.length = length
         state['cache'] = decode.grow(state['cache'], length=length, program=program)
       keep_B = self._put_rows(np.array([b < len(rows) and rows[b].running for b in range(self.batch_size)]))
       state, outcome = decode.add(self.params, state, keep_B, knobs, self._held, steps=_STEPS, program=program)
+
+  def _read(self, batch: list[tuple[int, np.ndarray]], more: list[int],
+            program: decode.Program) -> tuple[jax.Array, Any, '_Slots']:
+    """Reads a batch of prompts, with room for so many more tokens after each: (last_Bx1xD, the cache, its slots)."""
+    prompts = [prompt for _, prompt in batch]
+    tokens_BxL = np.full((self.batch_size, self._bucket(max(map(len, prompts)))), self._pad, np.int32)
+    for b, prompt in enumerate(prompts):
+      tokens_BxL[b, :len(prompt)] = prompt
+    length_B = np.array([*map(len, prompts)] + [1] * (self.batch_size - len(prompts)), np.int32)
+    length = self._bucket(max(len(prompt) + n for prompt, n in zip(prompts, more)))
+    slots = _Slots(max(length, tokens_BxL.shape[1]), self._bucket)
+    return *decode.read(self.params, *self._put_rows((tokens_BxL, length_B)), length=slots.length,
+                        program=program), slots
+
+  def _carry(self, index_B: np.ndarray, slots: '_Slots') -> Any:
+    """The constraint's first states of a batch, rows first."""
+    return () if self._constraint is None else self._constraint.begin(index_B)
 
   def _program(self, **sampling: Any) -> decode.Program:
     return decode.Program(self.model, self._mesh, tuple(sorted(self._rules.items())), **sampling)
@@ -196,13 +210,6 @@ class Generator:
     """The padded length: a power of two, or max_length."""
     return min(max(_SHORTEST, 1 << (length - 1).bit_length()), self.max_length or length * 2 + _SHORTEST)
 
-  def _padded(self, prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """int32 B x L and B, filled up to batch_size with rows of one padding token."""
-    tokens_BxL = np.full((self.batch_size, self._bucket(max(map(len, prompts)))), self._pad, np.int32)
-    for b, prompt in enumerate(prompts):
-      tokens_BxL[b, :len(prompt)] = prompt
-    return tokens_BxL, np.array([*map(len, prompts)] + [1] * (self.batch_size - len(prompts)), np.int32)
-
   def _put_rows(self, tree: Any) -> Any:
     return jax.device_put(tree, None if self._mesh is None else sharding.batch_sharding(self._mesh, self._rules))
 
@@ -211,8 +218,9 @@ class Generator:
 
   def _prompt(self, n: int, prompt: Sequence[int], new: int) -> np.ndarray:
     tokens = self._check_tokens(f'prompt {n}', prompt)
-    if self.max_length is not None and len(tokens) + new > self.max_length:
-      raise ValueError(f'prompt {n} has {len(tokens)} tokens and {new} may follow: more than max_length '
+    length = self._start + len(tokens)
+    if self.max_length is not None and length + new > self.max_length:
+      raise ValueError(f'prompt {n} has {length} tokens and {new} may follow: more than max_length '
                        f'{self.max_length}; cut the prompt, or ask for fewer')
     return tokens
 
@@ -267,11 +275,24 @@ class _Stops:
     return None
 
 
-class _Row:
-  """A prompt and what has followed it so far."""
+@dataclasses.dataclass
+class _Slots:
+  """A cache in which slot t holds position t, as the host knows it: how long it is, and how long it must be."""
 
-  def __init__(self, index: int, length: int):
-    self.index, self.length, self.running = index, length, True
+  length: int
+  bucket: Callable[[int], int]
+
+  def wanted(self, rows: list['Row'], steps: int) -> int:
+    """The length that holds what so many steps may write, no less than it is."""
+    slots = max(row.length + min(len(row.tokens) + steps, row.limit) for row in rows if row.running)
+    return self.length if slots <= self.length else self.bucket(slots)
+
+
+class Row:
+  """A prompt of `length` tokens, and what has followed it so far, `limit` tokens at most."""
+
+  def __init__(self, index: int, length: int, limit: int):
+    self.index, self.length, self.limit, self.running = index, length, limit, True
     self.tokens: list[int] = []
     self.logprobs: list[np.ndarray] = []
     self.text, self.finished = None, 'length'

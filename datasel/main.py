@@ -47,12 +47,13 @@ class Refused(Exception):
 
 def methods() -> dict[str, Any]:
   """Each has run(config, directory, store) -> summary, and stages(config, store): what it will do, at what cost."""
+  from datasel.methods.anllm import run as anllm
   from datasel.methods.doremi import run as doremi
   from datasel.methods.pds import run as pds
   from datasel.methods.pretrain import run as pretrain
   from datasel.methods.prox import run as prox
   from datasel.methods.regmix import run as regmix
-  return {'doremi': doremi, 'pds': pds, 'pretrain': pretrain, 'prox': prox, 'regmix': regmix}
+  return {'anllm': anllm, 'doremi': doremi, 'pds': pds, 'pretrain': pretrain, 'prox': prox, 'regmix': regmix}
 
 
 def main(argv: list[str]) -> int:
@@ -194,7 +195,7 @@ def _find_selection(config: Any, directory: pathlib.Path) -> str:
 def _find_store(config: Any, directory: pathlib.Path) -> dict:
   """{store: its path, sources, verify: how}.  A run keeps the store it began with, also where a demo corpus would come
   out otherwise today."""
-  from datasel import prepare
+  from datasel import prepare, pretrained
   from datasel.data import demo
   from datasel.data import tokenizer as tokenizers
   from datasel.data.store import read_manifest
@@ -214,7 +215,8 @@ def _find_store(config: Any, directory: pathlib.Path) -> dict:
     return {'store': str(path), 'sources': None, 'verify': config.data.verify}
   corpus = demo.fetch(config.data.demo)
   if config.data.tokenizer:
-    tokenizer, name = config.data.tokenizer, tokenizers.load(config.data.tokenizer).digest[:12]
+    tokenizer = pretrained.tokenizer_path(config.data.tokenizer)
+    name = tokenizers.load(tokenizer).digest[:12]
   else:
     name = f'bpe{config.model.vocab_size}'
     tokenizer = corpus.parent / f'{corpus.name}-{name}.json'
@@ -359,6 +361,10 @@ def _announce(summary: dict, directory: pathlib.Path) -> None:
       words = [one['statistics'][when]['words'] for when in ('after', 'before')]
       print(f'  {name:24s} {words[0] / max(words[1], 1):.3f}' + (f'  ({loss[name]:.4f})' if name in loss else ''))
     print(f'  {"raw":24s} 1.000' + (f'  ({loss["raw"]:.4f})' if 'raw' in loss else ''))
+  if 'arms' in summary:
+    print('\nheld-out bits per byte, and the part of a cache that is saved on real documents')
+    for name, one in summary['arms'].items():
+      print(f'  {name:24s} {one["uniform_bits_per_byte"]:.4f}  {one["cache_saved"]:.3f}')
   files = {'weights:': 'mixture.json', 'selection:': 'selection.npz', 'report:': 'report.html'}
   there = {what: directory / file for what, file in files.items() if (directory / file).exists()}
   print()

@@ -3,6 +3,11 @@
   python -m datasel.prepare train-tokenizer --corpus CORPUS --out tokenizer.json --vocab_size 8192
   python -m datasel.prepare --corpus CORPUS --store STORE --tokenizer tokenizer.json
 
+and with an anchor token between sentences (AnLLM's AC), by a tokenizer made of any other:
+
+  python -m datasel.prepare anchor-tokenizer --tokenizer tokenizer.json --out FOLDER
+  python -m datasel.prepare --corpus CORPUS --store STORE --tokenizer FOLDER
+
 It may be killed at any moment: started again, it takes up the files it had not finished.  Of several processes that
 make the same store, one does and the others wait for it.
 """
@@ -20,7 +25,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from datasel.data import corpus as corpora
-from datasel.data import locks, packing, pools, seqio_cache, shards
+from datasel.data import locks, pools, seqio_cache, shards
+from datasel.data import packing as packing_lib
 from datasel.data import store as stores
 from datasel.data import tokenizer as tokenizers
 
@@ -37,23 +43,27 @@ def prepare(
     *,
     length: int = 1024,
     holdout: float = 0.01,
+    packing: str = 'concatenate',
     workers: int = 1,
     pack_all: Callable[[list[pools.Job], pathlib.Path], Iterable[tuple[str, dict]]] | None = None,
 ) -> stores.Store:
   """Tokenises and packs the corpus into a token store at `store`, and opens it.
 
   length: L, input tokens of a record.  holdout: the fraction of documents, chosen by id, kept for validation in each
-  domain that has no files in CORPUS/validation.  workers: processes; the bytes of the store don't depend on it, nor on
-  interruptions.  A store already there from the same text and settings is returned; another one is never touched.
-  Work in progress is in STORE.partial.  pack_all: does the work elsewhere than in processes of this machine, and gives
-  back what `pools.pack_all` does (`datasel.data.beam` has one).
+  domain that has no files in CORPUS/validation.  packing: 'concatenate', which leaves no token out, or 'truncate', one
+  document a record, cut off at its end (`datasel.data.packing`).  workers: processes; the bytes of the store don't
+  depend on it, nor on interruptions.  A store already there from the same text and settings is returned; another one
+  is never touched.  Work in progress is in STORE.partial.  pack_all: does the work elsewhere than in processes of this
+  machine, and gives back what `pools.pack_all` does (`datasel.data.beam` has one).
   Raises ValueError for a corpus, tokenizer or setting that can't work, OSError when the disk is or would be full.
   """
   if workers < 1:
     raise ValueError(f'workers is {workers}, want at least 1')
   corpus, store = corpora.Corpus(corpus), pathlib.Path(store)
   encoder = tokenizers.load(tokenizer)
-  settings = shards.Settings(encoder.digest, length, holdout)
+  if packing not in packing_lib.NAMES:
+    raise ValueError(f'packing is {packing!r}, want one of {sorted(packing_lib.NAMES)}')
+  settings = shards.Settings(encoder.digest, length, holdout, packing=packing_lib.NAMES[packing])
   jobs = _jobs(corpus, settings)
   stated = _stated(encoder, settings)
   partial = store.with_name(f'{store.name}.partial')
@@ -61,7 +71,8 @@ def prepare(
     with locks.locked(store.with_name(f'.{store.name}.lock'), f'making {store}'):
       if not store.exists():
         _check_holdout(jobs, holdout)
-        _check_space(jobs, partial, packing.record_dtype(length, encoder.vocab_size).itemsize / length)
+        if packing == 'concatenate':  # else what is cut off, or padded, is not known
+          _check_space(jobs, partial, packing_lib.record_dtype(length, encoder.vocab_size).itemsize / length)
         _make(jobs, encoder, stated, store, partial, pack_all or functools.partial(pools.pack_all, workers=workers))
         return stores.Store(store, verify='size')
       shutil.rmtree(partial, ignore_errors=True)  # of a process killed when all was done
@@ -95,19 +106,45 @@ def train_tokenizer(
   return encoder
 
 
+def anchor_tokenizer(
+    tokenizer: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    min_length: int = 1,
+    max_length: int | None = None,
+    trailing: bool = False,
+) -> tokenizers.Tokenizer:
+  """Writes `tokenizer`, with an anchor token between sentences, into the folder `out`: see `tokenizer.with_anchor`.
+
+  The same one already there is left as it is.  ValueError for another, and for anything else that is there.
+  """
+  out = pathlib.Path(out)
+  made = tokenizers.with_anchor(
+    tokenizers.load(tokenizer), min_length=min_length, max_length=max_length, trailing=trailing)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not out.is_dir() or tokenizers.load(out).digest != made.digest:
+      raise ValueError(f'{out} holds something else; give another --out')
+    return made
+  made.save(out)
+  return made
+
+
 def summary(store: stores.Store) -> str:
-  """A table of the store: a line for each domain and split, with what was dropped."""
-  rows = [('domain', 'split', 'documents', 'MB', 'tokens', 'targets', 'sequences', 'dropped')]
+  """A table of the store: a line for each domain and split, with what was dropped or cut off."""
+  rows = []
   for split in corpora.SPLITS:
     counts = store.counts(split)
     for domain in store.domains:
       c = counts[domain]
       dropped = ', '.join(f'{n} {reason}' for reason, n in c['dropped'].items()) or '0'
-      rows.append((domain, split, *_figures(c), dropped))
+      rows.append((domain, split, *_figures(c), dropped, *_cut([c])))
     total = {key: sum(c[key] for c in counts.values()) for key in stores.COUNTED}
-    rows.append(('total', split, *_figures(total), str(sum(sum(c['dropped'].values()) for c in counts.values()))))
+    dropped = str(sum(sum(c['dropped'].values()) for c in counts.values()))
+    rows.append(('total', split, *_figures(total), dropped, *_cut(counts.values())))
+  head = ('domain', 'split', 'documents', 'MB', 'tokens', 'targets', 'sequences', 'dropped', 'cut off')
+  rows.insert(0, head[:len(rows[0])])
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  return '\n'.join('  '.join(cell.ljust(w) if i in (0, 1, 7) else cell.rjust(w)
+  return '\n'.join('  '.join(cell.ljust(w) if i in (0, 1, 7, 8) else cell.rjust(w)
                              for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
@@ -118,6 +155,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--tokenizer', required=True, help='tokenizer.json, .model, folder, or Hugging Face name')
   parser.add_argument('--length', type=int, default=1024, help='input tokens in a record')
   parser.add_argument('--holdout', type=float, default=0.01, help='fraction of documents kept for validation')
+  parser.add_argument('--packing', choices=sorted(packing_lib.NAMES), default='concatenate',
+                      help='of documents into records: one after the other, or one each, cut off where it is too long')
 
 
 def main(argv: list[str]) -> None:
@@ -131,8 +170,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument('--max_bytes_per_domain', type=int, default=10_000_000)
     run = lambda args: f'{args["out"]}: {train_tokenizer(**args).vocab_size} tokens'
     argv = argv[1:]
+  elif argv[:1] == ['anchor-tokenizer']:
+    parser = argparse.ArgumentParser('datasel.prepare anchor-tokenizer',
+                                     description='An anchor token between the sentences of all text (AnLLM\'s AC).')
+    parser.add_argument('--tokenizer', required=True, help='tokenizer.json, .model, folder, or Hugging Face name')
+    parser.add_argument('--out', required=True, help='the folder to write: a tokenizer like any other')
+    parser.add_argument('--min_length', type=int, default=1, help='fewest tokens of a segment, its anchor among them')
+    parser.add_argument('--max_length', type=int, help='most tokens of a segment; default: no limit')
+    parser.add_argument('--trailing', action='store_true', help='an anchor also after the last sentence of a text')
+    run = lambda args: (f'{args["out"]}: token {(made := anchor_tokenizer(**args)).anchor_id} {tokenizers.ANCHOR} of '
+                        f'{made.vocab_size}')
+    argv = argv[1:]
   else:
-    parser = argparse.ArgumentParser('datasel.prepare', epilog='See also: train-tokenizer --help')
+    parser = argparse.ArgumentParser('datasel.prepare',
+                                     epilog='See also: train-tokenizer --help, anchor-tokenizer --help')
     add_flags(parser)
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     run = lambda args: summary(prepare(**args))
@@ -194,7 +245,7 @@ def _stated(encoder: tokenizers.Tokenizer, settings: shards.Settings) -> dict:
       'format': settings.format,
       'packing': settings.packing,
       'length': settings.length,
-      'dtype': packing.record_dtype(settings.length, encoder.vocab_size)['tokens'].base.name,
+      'dtype': packing_lib.record_dtype(settings.length, encoder.vocab_size)['tokens'].base.name,
       'holdout': settings.holdout,
       'tokenizer': {
           'name': encoder.name,
@@ -265,6 +316,15 @@ def _sample(corpus: corpora.Corpus, max_bytes: int) -> Iterator[str]:
       text = document.text.encode()[:room].decode(errors='ignore')
       room -= len(document.text.encode())
       yield text
+
+
+def _cut(counts: Iterable[dict]) -> tuple[str, ...]:
+  """What was cut off, in words, of a store of truncated documents; () of another."""
+  cut = [c['cut'] for c in counts if 'cut' in c]
+  if not cut:
+    return ()
+  documents, tokens, size = (sum(c[key] for c in cut) for key in ('documents', 'tokens', 'bytes'))
+  return (f'{documents:,} documents, by {tokens:,} tokens, {size / 1e6:,.2f} MB' if documents else '0',)
 
 
 def _figures(c: dict) -> tuple[str, ...]:

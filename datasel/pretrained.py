@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from datasel import sharding, workdir
+from datasel import processes, sharding, workdir
 from datasel.checkpoint import Checkpoints
 from datasel.data import demo_models
 from datasel.data import tokenizer as tokenizers
@@ -91,6 +91,11 @@ def find(source: str | os.PathLike, *, revision: str | None = None,
   return found
 
 
+def tokenizer_path(name: str) -> str | pathlib.Path:
+  """What `tokenizer.load` is to read for `name`: a demo model's own tokenizer, else just that."""
+  return find(name).tokenizer_folder if name in DEMOS else name
+
+
 def _tokenizer_folder(given: pathlib.Path) -> pathlib.Path:
   if given.is_dir():
     return given
@@ -145,15 +150,23 @@ def _stage(folder: pathlib.Path, tokenizer: pathlib.Path | None) -> Source:
 
 
 def save_stage(found: Source, params: dict, folder: pathlib.Path) -> None:
-  """Writes a model as a stage that runs can start from (`init_from`): FOLDER/{stage.json,checkpoints,tokenizer}."""
+  """Writes a model as a stage that runs can start from (`init_from`): FOLDER/{stage.json,checkpoints,tokenizer}.
+
+  Of several processes each calls it, with the parameters spread over all of them.
+  """
   tokenizer = found.tokenizer()
   identity = {'stage': folder.name, 'source': found.name, 'model': dataclasses.asdict(found.model),
               'n_params': found.model.n_params, 'tokenizer': tokenizer.digest, 'max_length': found.max_length}
-  workdir.write_json(folder / 'stage.json', identity | {'finished': False})
-  shutil.rmtree(folder / 'checkpoints', ignore_errors=True)  # left by a kill
-  tokenizers.copy(found.tokenizer_folder, folder / 'tokenizer')
+
+  def begin() -> None:
+    workdir.write_json(folder / 'stage.json', identity | {'finished': False})
+    shutil.rmtree(folder / 'checkpoints', ignore_errors=True)  # left by a kill
+    tokenizers.copy(found.tokenizer_folder, folder / 'tokenizer')
+
+  processes.from_lead(f'beginning {folder}', begin)
   with Checkpoints(folder / 'checkpoints', keep=2) as checkpoints:
     checkpoints.save(0, State(step=jnp.zeros((), jnp.int32), params=params, opt_state=(), aux=()), {})
     checkpoints.wait()
-  workdir.write_json(folder / 'stage.json', identity | {'finished': True})
+  processes.from_lead(f'finishing {folder}',
+                      lambda: workdir.write_json(folder / 'stage.json', identity | {'finished': True}))
 

@@ -132,6 +132,12 @@ TLM = {'train.steps': 12_500, 'train.batch_size': 1024, 'data.length': 2048, 'op
        'optimizer.weight_decay': 0.1, 'optimizer.clip': 1.0, 'optimizer.peak_lr': 5e-4}
 TINYLLAMA = TLM | {'train.steps': 7500, 'optimizer.peak_lr': 8e-5, 'optimizer.end_lr': 8e-6,
                    'optimizer.warmup_fraction': 0.0, 'optimizer.schedule_steps': 0}
+# AnLLM, arXiv 2402.07616, 4.1, and the cards of its released models.
+LLAMA2_7B = {'train.steps': 1818, 'train.batch_size': 512, 'data.length': 4096, 'optimizer.name': 'adamw',
+             'optimizer.schedule': 'constant', 'optimizer.peak_lr': 2e-5, 'optimizer.warmup_fraction': 20 / 1818,
+             'optimizer.b1': 0.9, 'optimizer.b2': 0.999, 'optimizer.eps': 1e-8, 'optimizer.weight_decay': 0.0,
+             'optimizer.clip': 1.0, 'anllm.symbols': '.', 'anllm.anchor_row': 'mean', 'anllm.min_length': 1,
+             'anllm.max_length': 0}
 SWARM = {'regmix.proxies': 512, 'regmix.steps': 1000, 'regmix.batch_size': 512, 'regmix.optimizer.peak_lr': 4e-4,
          'regmix.optimizer.schedule': 'constant', 'regmix.optimizer.warmup_fraction': 0.1, 'regmix.optimizer.b2': 0.95,
          'regmix.optimizer.weight_decay': 0.1, 'regmix.temperature': 0.5, 'regmix.max_usage': 15.0,
@@ -155,6 +161,8 @@ SWARM = {'regmix.proxies': 512, 'regmix.steps': 1000, 'regmix.batch_size': 512, 
   ('pretrain/tlm_s', 'tlm_s', TLM | {'optimizer.end_lr': 5e-6}),
   ('pretrain/tlm_m', 'tlm_m', TLM | {'optimizer.peak_lr': 3e-4, 'optimizer.end_lr': 3e-5}),
   ('pretrain/tlm_math', 'tinyllama_1_1b', TINYLLAMA),
+  ('anllm/llama2_7b_ep', 'llama2_7b', LLAMA2_7B | {'anllm.arms': 'ep'}),
+  ('anllm/llama2_7b_ac', 'llama2_7b', LLAMA2_7B | {'anllm.arms': 'ac'}),
   ('regmix/pile_1m', 'regmix_1b', MAIN_1B | SWARM), ('regmix/pile_1b', 'regmix_1b', MAIN_1B),
 ])
 def test_numbers_are_the_papers(name, preset, paper):
@@ -197,7 +205,8 @@ def test_smoke_changes_the_size_and_not_the_method(name):
                 'regmix.microbatches', 'regmix.target', 'regmix.baselines', 'regmix.proxies', 'regmix.held_out',
                 'regmix.draws', 'regmix.max_epochs', 'pretrain.mixture', 'prox.corpus', 'prox.examples',
                 'prox.documents', 'prox.model.', 'prox.steps', 'prox.batch_size', 'prox.microbatches', 'prox.rules',
-                'prox.refine_batch', 'prox.target',
+                'prox.refine_batch', 'prox.target', 'anllm.init_from', 'anllm.contexts', 'anllm.context_sequences',
+                'anllm.sets', 'anllm.question_batch',
                 *(f'prox.{task}.{key}' for task in ('document', 'chunk')
                   for key in ('epochs', 'batch_size', 'length', 'max_new_tokens', 'validation')))
   assert not [line for line in config_lib.difference(full, smoke) if not line.startswith(may_change)]

@@ -23,8 +23,9 @@ from lm_eval.tasks._index import TaskIndex  # noqa: E402
 
 from datasel import main as datasel_main  # noqa: E402
 from datasel import workdir  # noqa: E402
+from datasel.data import questions  # noqa: E402
 from datasel.lm_eval import __main__ as command  # noqa: E402
-from datasel.lm_eval import paper_tasks, records, results, suites  # noqa: E402
+from datasel.lm_eval import paper_tasks, results, suites  # noqa: E402
 from datasel.report import lm_eval as report  # noqa: E402
 from datasel.report.sections import Artefacts  # noqa: E402
 
@@ -240,32 +241,6 @@ def test_the_error_of_a_suite_follows_from_its_tasks():
   assert found['score_stderr,mean'] == pytest.approx(math.hypot(0.4, 0.3) / 2)
 
 
-@pytest.mark.needs_demo_data
-def test_every_question_of_the_packages_is_kept_or_counted():
-  """Numbers counted by hand in the archives; each has one right answer among different ones."""
-  kept = {}
-  for name in records.SETS:
-    found, dropped = records.load(name)
-    kept[name] = (len(found), len(found) + sum(dropped.values()))
-    assert all(0 <= r['gold'] < len(r['choices']) == len(set(r['choices'])) and r['question'] for r in found)
-    assert not any(re.search(r'\n\s*(Answer:|[A-E][.)] )', choice) for r in found for choice in r['choices'])
-  assert kept == {'cissp': (143, 143), 'crepe': (1520, 1520), 'fcc': (587, 591), 'logiqa': (674, 1354),
-                  'medmcqa': (299, 300), 'mmlu': (1329, 1352), 'parable': (1632, 1632), 'quartz': (3844, 3860),
-                  'socialiqa': (2198, 2224), 'tort': (340, 340)}
-  first = records.load('socialiqa')[0][0]
-  assert first == {'question': 'bailey was a nice person so she called the family together. What will happen to '
-                               'Others?', 'choices': ['talk to the family', 'hate bailey', 'thank bailey'], 'gold': 2}
-
-
-@pytest.mark.needs_demo_data
-def test_gsm8k_asks_what_the_demo_corpus_holds_out():
-  from datasel.data import shards
-  found, _ = records.load('gsm8k')
-  assert len(found) == 6852
-  assert [r['held_out'] for r in found] == [shards.holdout_rank(f'gsm8k:{n}') < 0.05 for n in range(len(found))]
-  assert not any('<<' in r['answer'] for r in found) and all('####' in r['answer'] for r in found)
-
-
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A finished run of 6 steps."""
@@ -315,7 +290,7 @@ def test_a_run_keeps_its_scores_and_shows_them(run, capsys):
   printed = capsys.readouterr().out
   rows = workdir.read_json(run / 'lm_eval' / 'main.json')['rows']
   of = lambda task, metric: next(row for row in rows if (row['task'], row['metric']) == (task, metric))
-  mean = np.mean([of(name, 'acc_norm')['value'] for name in records.SETS])
+  mean = np.mean([of(name, 'acc_norm')['value'] for name in questions.SETS])
   score = of('local', 'score')
   np.testing.assert_allclose(score['value'], mean)
   assert (of('quartz', 'acc')['chance'], of('quartz', 'acc')['n'], of('quartz', 'acc')['shots']) == (0.5, 4, '0')

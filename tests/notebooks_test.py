@@ -24,6 +24,11 @@ exec(sys.argv[2], names)
 '''
 # What must come out, as Python that can fail.
 OUTCOME = {
+  'anchors': '''
+assert len(plt.get_fignums()) == 3 and all(0 < x < 1e-5 for x in difference.values()) and same
+assert change[:first + 1].max() < 1e-5 and change[first + 1:].mean() > 0.05
+assert all(sees.sum() < 4656 for sees in (*masks.values(), *switched.values())) and prefix.live < prefix.length // 4
+''',
   'finished_run': '''
 assert len(plt.get_fignums()) == 3 and tuned != baseline and same and all(map(bool, jax.tree.leaves(same)))
 assert comparison == summary['comparison'] and set(comparison['domains_won']) == {d for d in change if change[d] < 0}

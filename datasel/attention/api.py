@@ -38,16 +38,21 @@ def attention(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Arra
   _check(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'unknown attention implementation {implementation!r}; known: {sorted(IMPLEMENTATIONS)}')
-  if implementation == 'reference' or mask.anchors is not None:
+  if implementation == 'reference':
     return checkpoint_name(reference(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask), primitives.SAVED)
+  refusal = ''
   if implementation == 'cudnn':
-    refusal = cudnn.refusal(mask.causal, mask.window, q_BxLxHxDh, mask.segment_BxL is not None)
-    if refusal:
-      raise ValueError(f"attention 'cudnn' cannot do {refusal}; use implementation='auto', 'pallas' or 'blockwise'")
+    refusal = cudnn.refusal(mask.causal, mask.window, q_BxLxHxDh, mask.segment_BxL is not None,
+                            mask.anchors is not None)
+  elif implementation == 'splash' and mask.anchors is not None:
+    refusal = 'an anchor mask'
+  if refusal:
+    raise ValueError(f"attention {implementation!r} cannot do {refusal}; use implementation='auto', 'pallas' or "
+                     "'blockwise'")
   layout = _layout(q_BxLxHxDh.shape, k_BxLxKxDh.shape) if implementation != 'blockwise' else None
   window = None if mask.window is None or mask.window >= q_BxLxHxDh.shape[1] else int(mask.window)
   call = primitives.Call(mask.causal, window, implementation, layout)
-  return primitives.flash(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask.segment_BxL, call)
+  return primitives.flash(q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, mask.segment_BxL, mask.anchors, call)
 
 
 def _layout(q: tuple[int, ...], k: tuple[int, ...]) -> primitives.Layout | None:
@@ -78,7 +83,9 @@ def _check(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Array, 
   dtypes = [x.dtype for x in (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh)]
   if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.float32, jnp.bfloat16):
     raise ValueError(f'attention: q, k, v are {", ".join(map(str, dtypes))}; want one type, float32 or bfloat16')
-  segment = mask.segment_BxL
+  name, segment = 'segment_BxL', mask.segment_BxL
+  if mask.anchors is not None:
+    name, segment = 'anchors.segments', mask.anchors.segments.segment_BxL
   if segment is not None and (jnp.shape(segment) != q[:2] or not jnp.issubdtype(jnp.result_type(segment), jnp.integer)):
-    raise ValueError(f'attention: mask.segment_BxL is {jnp.result_type(segment)} {jnp.shape(segment)}, want int32 '
+    raise ValueError(f'attention: mask.{name} is {jnp.result_type(segment)} {jnp.shape(segment)}, want int32 '
                      f'B x L = {q[:2]}')

@@ -11,9 +11,11 @@ def available() -> bool:
   return any(importlib.util.find_spec(f'jax_cuda{major}_plugin') for major in (12, 13))
 
 
-def refusal(causal: bool, window: int | None, q_BxLxHxDh: jax.Array, segments: bool) -> str:
+def refusal(causal: bool, window: int | None, q_BxLxHxDh: jax.Array, segments: bool, anchors: bool = False) -> str:
   """Why it cannot, or nothing."""
   Dh = q_BxLxHxDh.shape[-1]
+  if anchors:
+    return 'an anchor mask'
   if segments:
     return 'document segments'
   if q_BxLxHxDh.dtype != jnp.bfloat16:

@@ -63,7 +63,8 @@ class Mask:
     s, at = self.anchors.segments, jnp.arange(length)
     query, key = lambda x: x[:, :, None], lambda x: x[:, None, :]
     own = (query(s.segment_BxL) == key(s.segment_BxL)) & (query(s.segment_BxL) > 0) & (at[None] <= at[:, None])[None]
-    kept = key(s.kept_BxL) & (query(s.first_BxL) <= key(s.index_BxL)) & (key(s.index_BxL) < query(s.stop_BxL))
+    kept = key(s.kept_BxL & (s.index_BxL < self.anchors.size))
+    kept &= (query(s.first_BxL) <= key(s.index_BxL)) & (key(s.index_BxL) < query(s.stop_BxL))
     if s.narrow_BxL is not None:
       kept &= key(s.protected_BxL) | ~query(s.narrow_BxL)
     return own | kept

@@ -27,7 +27,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from datasel.attention import blockwise, cudnn, pallas_gpu, pallas_tpu, splash, tiles
+from datasel.attention import blockwise, cudnn, pallas_gpu, pallas_tpu, slots, splash, tiles
+from datasel.attention.masks import Anchors
+from datasel.attention.visible import Marks, Visible
 
 # Whatever `jax.checkpoint` policies save under this name, the backward pass does not compute again.
 SAVED = 'attention'
@@ -44,6 +46,8 @@ class Layout:
   def spec(self, name: str) -> PartitionSpec:
     if name == 'segment':
       return PartitionSpec(self.batch, None)
+    if name in slots.OPERANDS:
+      return PartitionSpec(self.batch, None, None)
     if name in tiles.VECTORS:
       return PartitionSpec(self.batch, self.heads, None)
     return PartitionSpec(self.batch, None, self.heads, None)
@@ -91,12 +95,13 @@ class Map:
   """A primitive's operands and results by name; every result looks like one of the operands ('lse': a vector)."""
 
   name: str
-  operands: tuple[str, ...]  # a segment array follows where there is one
+  operands: tuple[str, ...]  # the arrays of a mask follow where it has some: `_MASKS`
   results: tuple[tuple[str, str], ...]
   compute: Callable[[Callable, Operands], list[jax.Array]]
 
 
 _QKV, _QKV_T = ('q', 'k', 'v'), ('q_t', 'k_t', 'v_t')
+_KEYS = ('k', 'v', 'k_t', 'v_t')
 _GRADIENTS = (('dq', 'q'), ('dk', 'k'), ('dv', 'v'))
 FORWARD = Map('flash_forward', _QKV, (('o', 'q'), ('lse', 'lse')), _forward)
 TANGENT = Map('flash_tangent', (*_QKV, 'o', 'lse', *_QKV_T), (('o_t', 'q'), ('lse_t', 'lse')), _tangent)
@@ -104,6 +109,9 @@ BACKWARD = Map('flash_backward', (*_QKV, 'o', 'lse', 'do'), _GRADIENTS, _backwar
 BACKWARD_TANGENT = Map('flash_backward_tangent', (*BACKWARD.operands, *_QKV_T, 'o_t', 'lse_t', 'do_t'), _GRADIENTS,
                        _backward_tangent)
 
+
+# The arrays of a mask, by their number: none, documents, or an anchor mask.
+_MASKS = {0: (), 1: ('segment',), len(slots.OPERANDS): slots.OPERANDS}
 
 # What each implementation computes: the platforms that it runs on ('cpu' by interpretation), and its maps.
 _EVERY = (FORWARD, TANGENT, BACKWARD, BACKWARD_TANGENT)
@@ -117,12 +125,12 @@ _CAN = {
 IMPLEMENTATIONS = ('auto', 'pallas', *_CAN)
 
 
-def _resolve(which: Map, call: Call, platform: str, x: Operands, segment_BxL: jax.Array | None) -> str:
+def _resolve(which: Map, call: Call, platform: str, x: Operands) -> str:
   """The implementation that computes one map on one platform; ValueError where it cannot."""
   name = call.implementation
   if name == 'auto':
     if platform == 'cuda':
-      fits = cudnn.available() and not cudnn.refusal(call.causal, call.window, x['q'], segment_BxL is not None)
+      fits = cudnn.available() and not cudnn.refusal(call.causal, call.window, x['q'], 'segment' in x, 'of_slots' in x)
       return 'cudnn' if fits and which in _CAN['cudnn'][1] else 'pallas_gpu'
     return 'pallas_tpu' if platform == 'tpu' else 'blockwise'
   if name == 'pallas':
@@ -139,9 +147,9 @@ def _resolve(which: Map, call: Call, platform: str, x: Operands, segment_BxL: ja
 
 def _compute(*values: jax.Array, which: Map, call: Call, platform: str, whole: bool) -> list[jax.Array]:
   """A map's value, on each device's own rows and heads; not `whole`: the compiler is to split it over devices."""
-  names = which.operands + ('segment',) * (len(values) - len(which.operands))
+  names = which.operands + _MASKS[len(values) - len(which.operands)]
   x = dict(zip(names, values))
-  name = _resolve(which, call, platform, x, x.get('segment'))
+  name = _resolve(which, call, platform, x)
   if not whole and call.layout is None and platform in _DEVICES and name != 'blockwise':
     if call.implementation != 'auto':
       raise ValueError(f'attention {call.implementation!r} is a kernel, which the compiler cannot split over devices: '
@@ -157,8 +165,16 @@ def _compute(*values: jax.Array, which: Map, call: Call, platform: str, whole: b
       compute = stock.forward if which is FORWARD else stock.backward
       return compute(call.causal, call.window, x, segment_BxL, interpret=platform == 'cpu')
     driver = {'blockwise': blockwise, 'pallas_gpu': pallas_gpu, 'pallas_tpu': pallas_tpu}[name].run
-    visible = tiles.Visible(call.causal, call.window, x['q'].shape[1])
-    return which.compute(lambda p, x: driver(p, visible, x, segment_BxL, interpret=platform == 'cpu'), x)
+    visible = Visible(call.causal, call.window, x['q'].shape[1])
+    marks = None if segment_BxL is None else Marks(segment_BxL[:, None], segment_BxL)
+    anchors = {name: x.pop(name) for name in slots.OPERANDS if name in x}
+    if anchors:
+      visible = dataclasses.replace(visible, slots=anchors['of_slots'].shape[2])
+      marks = slots.marks(**anchors)
+      x |= {name: slots.widen(x[name], anchors['of_slots']) for name in _KEYS if name in x}
+    results = which.compute(lambda p, x: driver(p, visible, x, marks, interpret=platform == 'cpu'), x)
+    return [slots.fold(y, anchors['of_keys']) if anchors and like in _KEYS else y
+            for y, (_, like) in zip(results, which.results)]
 
   if call.layout is None or name == 'blockwise':  # jax.numpy is split by XLA itself
     return local(*values)
@@ -247,17 +263,17 @@ def _forward_jvp(values: Sequence[jax.Array], tangents: Sequence[Any], *, call: 
   return [o, lse], tangent_p.bind(*values[:3], o, lse, *linear, *values[3:], call=call)
 
 
-def _tangent_transpose(cotangents: Sequence[Any], q, k, v, o, lse, *linear_and_segment, call: Call):
-  linear, segment = linear_and_segment[:3], linear_and_segment[3:]
+def _tangent_transpose(cotangents: Sequence[Any], q, k, v, o, lse, *linear_and_mask, call: Call):
+  linear, mask = linear_and_mask[:3], linear_and_mask[3:]
   do, dlse = cotangents
   if not isinstance(dlse, ad.Zero):
     raise NotImplementedError('attention has no gradient of its log-sum; only its output is differentiable')
   if isinstance(do, ad.Zero):
     gradients = [ad.Zero(x.aval.to_ct_aval()) if ad.is_undefined_primal(x) else None for x in linear]
   else:
-    gradients = backward_p.bind(q, k, v, o, lse, do, *segment, call=call)
+    gradients = backward_p.bind(q, k, v, o, lse, do, *mask, call=call)
   wanted = [g if ad.is_undefined_primal(x) else None for g, x in zip(gradients, linear)]
-  return [None] * 5 + wanted + [None] * len(segment)
+  return [None] * 5 + wanted + [None] * len(mask)
 
 
 def _backward_jvp(values: Sequence[jax.Array], tangents: Sequence[Any], *, call: Call):
@@ -285,9 +301,9 @@ ad.primitive_transposes[backward_tangent_p] = _refuse('reverse over reverse')
 
 
 def flash(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Array, segment_BxL: jax.Array | None,
-          call: Call) -> jax.Array:
+          anchors: Anchors | None, call: Call) -> jax.Array:
   """Attention's output, B x L x H x Dh."""
-  operands = [jnp.asarray(x) for x in (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_BxL) if x is not None]
+  operands = jax.tree.map(jnp.asarray, (q_BxLxHxDh, k_BxLxKxDh, v_BxLxKxDh, segment_BxL, anchors))
   if AxisType.Explicit in jax.typeof(q_BxLxHxDh).sharding.mesh.axis_types:
     # Types carry shardings there; inside, shardings are the compiler's business again.
     alike = jax.typeof(q_BxLxHxDh).sharding
@@ -295,7 +311,10 @@ def flash(q_BxLxHxDh: jax.Array, k_BxLxKxDh: jax.Array, v_BxLxKxDh: jax.Array, s
   return _bind(call, *operands)
 
 
-def _bind(call: Call, *operands: jax.Array) -> jax.Array:
+def _bind(call: Call, q: jax.Array, k: jax.Array, v: jax.Array, segment_BxL: jax.Array | None,
+          anchors: Anchors | None) -> jax.Array:
+  mask = () if segment_BxL is None else (segment_BxL,)
+  operands = (q, k, v, *(mask if anchors is None else slots.operands(anchors)))
   varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
   alike = [jax.lax.pcast(x, tuple(varying - jax.typeof(x).manual_axis_type.varying), to='varying') for x in operands]
   return forward_p.bind(*alike, call=call)[0]

@@ -10,8 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from datasel.attention.masks import Mask
-from datasel.attention.tiles import Visible
+from datasel.attention import anchors
+from datasel.attention.masks import Anchors, Mask
+from datasel.attention.visible import Visible
+from datasel.data.anchors import Rule
+
+_LEAST = 8  # tokens of a segment with an anchor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Case:
   causal: bool = True
   window_part: float | None = None  # the window, as a part of the length
   documents: str = ''  # '', 'sorted' as packing makes them with padding at the end, or 'scattered': in any order
+  anchors: float | None = None  # an anchor mask: the share of tokens that close a segment of _LEAST tokens or more
   full_heads: tuple[int, int] | None = None  # H, K of the full size where a check needs no more than a few
 
   def shape(self, size: str = 'small') -> tuple[int, int, int, int, int]:
@@ -39,6 +44,8 @@ class Case:
     """Query-key pairs of a head that see each other, over the whole batch: what attention must compute at least."""
     batch, length, *_ = self.shape(size)
     mask = self.mask(size)
+    if mask.anchors is not None:
+      return anchor_pairs(mask.anchors.segments)
     visible = Visible(mask.causal, mask.window, length)
     segment = None if mask.segment_BxL is None else np.asarray(mask.segment_BxL)
     total, at = 0, np.arange(length)
@@ -52,7 +59,12 @@ class Case:
   def mask(self, size: str = 'small') -> Mask:
     batch, length, *_ = self.shape(size)
     window = None if self.window_part is None else max(1, int(self.window_part * length))
-    return Mask(self.causal, window, self._segments(batch, length))
+    segment = self._segments(batch, length)
+    if self.anchors is None:
+      return Mask(self.causal, window, segment)
+    tokens = (np.random.default_rng(length + 1).random((batch, length)) < self.anchors).astype(np.int32)
+    anchor, _ = anchors.flags(tokens, Rule((1,), _LEAST), None if segment is None else np.asarray(segment))
+    return Mask(anchors=Anchors(jax.jit(anchors.segments)(anchor, segment), length // _LEAST))
 
   def inputs(self, dtype: str = 'float32', size: str = 'small', seed: int = 0) -> tuple[jax.Array, ...]:
     """Normal q, k, v."""
@@ -72,6 +84,13 @@ class Case:
     return jnp.asarray(segment, jnp.int32)
 
 
+def anchor_pairs(segments: anchors.Segments) -> int:
+  """The same of an anchor mask with nothing protected and no padding inside a segment."""
+  s = jax.tree.map(np.asarray, segments)
+  own = np.where(s.segment_BxL > 0, np.arange(1, s.start_BxL.shape[1] + 1) - s.start_BxL, 0)
+  return int(own.sum() + np.maximum(s.stop_BxL - s.first_BxL, 0).sum())
+
+
 CASES = {case.name: case for case in (
   Case('causal', 4, 4, 64, (8, 2048), (2, 256), full_heads=(16, 16)),
   Case('grouped', 4, 2, 128, (4, 2048), (1, 256), full_heads=(32, 8)),
@@ -87,5 +106,7 @@ CASES = {case.name: case for case in (
   Case('ragged_bidirectional', 2, 1, 64, (8, 1000), (1, 141), causal=False, full_heads=(16, 8)),
   Case('wide_head', 2, 1, 256, (2, 2048), (1, 130), documents='sorted', full_heads=(8, 4)),
   Case('one_token', 2, 1, 64, (8, 1), (2, 1), full_heads=(16, 8)),
+  Case('anchors', 4, 2, 64, (1, 8192), (2, 300), anchors=1 / 16, full_heads=(32, 8)),
+  Case('anchors_packed', 2, 1, 128, (4, 4096), (2, 384), documents='sorted', anchors=1 / 16, full_heads=(32, 8)),
   Case('long', 2, 1, 128, (1, 16384), (1, 700), full_heads=(32, 8)),
 )}

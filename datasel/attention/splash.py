@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from datasel.attention.tiles import pad_to
+from datasel.attention.visible import pad_to
 
 _LANES = 128
 

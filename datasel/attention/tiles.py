@@ -12,7 +12,6 @@ logarithm of sums lse known, each needs one walk; a dash is a tangent, S the sca
 Tiles of the query side are Q x Dh, or Q x 1 for one number a row; tiles of the key side are C x Dh; `seen` is Q x C.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
+from datasel.attention.visible import Visible
 
 # Stands for minus infinity in running maxima: finite, so that an empty row stays free of NaN.
 FLOOR = -1e30
@@ -45,7 +46,7 @@ class Pass(NamedTuple):
   def walked(self) -> str:
     return 'keys' if self.owner == 'queries' else 'queries'
 
-  def cost(self, visible: 'Visible', operands: Tiles) -> pl.CostEstimate:
+  def cost(self, visible: Visible, operands: Tiles) -> pl.CostEstimate:
     """For XLA, which cannot look into a kernel."""
     B, L, H, Dh = operands['q'].shape
     pairs = B * H * L * visible.mean_visible()
@@ -176,81 +177,3 @@ BACKWARD_TANGENT_QUERIES = Pass('queries', _SECOND_ORDER, ('k', 'v', 'k_t', 'v_t
                                 _backward_tangent_queries, _as_is)
 BACKWARD_TANGENT_KEYS = Pass('keys', _SECOND_ORDER, ('k', 'v', 'k_t', 'v_t'), (_SUM, _SUM),
                              (('dk_t', 'k'), ('dv_t', 'v')), 10, _backward_tangent_keys, _as_is)
-
-
-@dataclasses.dataclass(frozen=True)
-class Visible:
-  """What is static of a mask: causal or not, the window, and the length beyond which all is padding."""
-
-  causal: bool
-  window: int | None
-  length: int
-
-  def tile(self, i_Qx1: jax.Array, j_1xC: jax.Array, segment_Qx1: jax.Array | None,
-           segment_1xC: jax.Array | None) -> jax.Array:
-    """bool Q x C for queries at positions i and keys at positions j."""
-    seen = (j_1xC < self.length) & (i_Qx1 < self.length)
-    if self.causal:
-      seen &= j_1xC <= i_Qx1
-    if self.window is not None:
-      seen &= (j_1xC > i_Qx1 - self.window) & (j_1xC < i_Qx1 + self.window)
-    if segment_Qx1 is not None:
-      seen &= (segment_Qx1 == segment_1xC) & (segment_Qx1 > 0)
-    return seen
-
-  def whole(self, i: jax.Array, j: jax.Array, size: int) -> jax.Array:
-    """bool: whether all queries of tile i see all keys of tile j, of `size` positions each, documents aside."""
-    first_i, last_i, first_j, last_j = i * size, (i + 1) * size - 1, j * size, (j + 1) * size - 1
-    seen = (last_i < self.length) & (last_j < self.length)
-    if self.causal:
-      seen &= last_j <= first_i
-    if self.window is not None:
-      seen &= (first_j > last_i - self.window) & (last_j < first_i + self.window)
-    return seen
-
-  def mean_visible(self) -> float:
-    """Keys that a query sees on average, documents aside."""
-    reach = min(self.window or self.length, self.length)
-    return reach / 2 if self.causal and reach == self.length else reach * (1 if self.causal else 2)
-
-  def max_steps(self, owned: int, walked: int) -> int:
-    """The most tiles of size `walked` that one tile of size `owned` can meet."""
-    tiles = -(-self.length // walked)
-    if self.window is None:
-      return tiles
-    reach = (self.window - 1) * (1 if self.causal else 2)
-    return min(tiles, (owned - 1 + reach) // walked + 2)
-
-  def ranges(self, owner: str, owned: int, walked: int, segment_BxL: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """int32 (B or 1) x N, first and last+1 tile of the other side that each owned tile can meet; the rest is skipped.
-
-    Exact for sorted segments; for others no visible tile is left out, only fewer are skipped.
-    """
-    n_owned, n_walked = -(-self.length // owned), -(-self.length // walked)
-    first_row = jnp.arange(n_owned, dtype=jnp.int32)[None] * owned
-    last_row = first_row + owned - 1
-    far = None if self.window is None else self.window - 1
-    back, ahead = (far, 0 if self.causal else far) if owner == 'queries' else (0 if self.causal else far, far)
-    first = jnp.zeros_like(first_row) if back is None else jnp.maximum((first_row - back) // walked, 0)
-    end = jnp.full_like(first_row, n_walked)
-    if ahead is not None:
-      end = jnp.minimum((last_row + ahead) // walked + 1, n_walked)
-    if segment_BxL is not None:
-      of = lambda size: (lambda x: x.reshape(x.shape[0], -1, size))(pad_to(segment_BxL, 1, size))
-      lowest = lambda x: jnp.min(jnp.where(x > 0, x, jnp.iinfo(jnp.int32).max), axis=-1)
-      highest = lambda x: jnp.max(x, axis=-1)
-      own, other = of(owned), of(walked)
-      # Before the first tile whose running maximum reaches our lowest segment all are smaller; likewise the end.
-      before = lax.cummax(highest(other), axis=1)[:, None, :] < lowest(own)[:, :, None]
-      after = lax.cummin(lowest(other), axis=1, reverse=True)[:, None, :] > highest(own)[:, :, None]
-      first = jnp.maximum(first, jnp.sum(before, axis=-1, dtype=jnp.int32))
-      end = jnp.minimum(end, n_walked - jnp.sum(after, axis=-1, dtype=jnp.int32))
-    return first, end
-
-
-def pad_to(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-  """x with zeros appended along `axis` up to a multiple."""
-  short = -x.shape[axis] % multiple
-  if not short:
-    return x
-  return jnp.pad(x, [(0, short if a == axis else 0) for a in range(x.ndim)])

@@ -15,10 +15,11 @@ import sys
 import numpy
 
 from datasel import workdir
-from datasel.bench import attention, data, doremi, generate, pds, prox, regmix, step
+from datasel.bench import anchor_decoding, anchor_training, attention, data, doremi, generate, pds, prox, regmix, step
 
-BENCHMARKS = {'attention': attention, 'data': data, 'doremi': doremi, 'generate': generate, 'pds': pds,
-              'prox': prox, 'regmix': regmix, 'step': step}
+BENCHMARKS = {'anchor_decoding': anchor_decoding, 'anchor_training': anchor_training, 'attention': attention,
+              'data': data, 'doremi': doremi, 'generate': generate, 'pds': pds, 'prox': prox, 'regmix': regmix,
+              'step': step}
 
 
 def main(argv: list[str]) -> None:

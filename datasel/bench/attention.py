@@ -85,11 +85,12 @@ def _contenders(case: Case, size: str, dtype: str, kind: str) -> dict[str, Calla
   contenders = {name: of(functools.partial(attention, mask=mask, implementation=name)) for name in ours}
   if backend == 'gpu':
     contenders["jax's Pallas kernel"] = of(functools.partial(_jax_gpu_kernel, mask))
-    if mask.segment_BxL is None:
+    if mask.segment_BxL is None and mask.anchors is None:
       contenders['jax.nn with cuDNN'] = of(cudnn.attend(mask.causal, mask.window, False))
   if backend == 'tpu':
     contenders["jax's Pallas kernel"] = of(functools.partial(_jax_tpu_kernel, mask))
-    contenders["jax's splash"] = of(splash.attend(mask.causal, mask.window, mask.segment_BxL, False, False))
+    if mask.anchors is None:
+      contenders["jax's splash"] = of(splash.attend(mask.causal, mask.window, mask.segment_BxL, False, False))
   if kind != 'hessian_product':
     contenders['PyTorch SDPA'] = functools.partial(_torch_contender, _sdpa, mask, dtype)
     if backend == 'gpu':  # its CPU kernels have no gradient
@@ -106,8 +107,8 @@ def _jax_contender(f: Callable, kind: str, operands: tuple) -> Callable[[int], A
 
 def _jax_gpu_kernel(mask, q, k, v):
   from jax.experimental.pallas.ops.gpu import attention as kernel
-  if mask.window is not None:
-    raise ValueError('no window')
+  if mask.window is not None or mask.anchors is not None:
+    raise ValueError('no window and no anchor mask')
   repeat = q.shape[2] // k.shape[2]
   return kernel.mha(q, jnp.repeat(k, repeat, 2), jnp.repeat(v, repeat, 2), mask.segment_BxL, q.shape[-1]**-0.5,
                     mask.causal)
@@ -115,8 +116,8 @@ def _jax_gpu_kernel(mask, q, k, v):
 
 def _jax_tpu_kernel(mask, q, k, v):
   from jax.experimental.pallas.ops.tpu import flash_attention as kernel
-  if mask.window is not None:
-    raise ValueError('no window')
+  if mask.window is not None or mask.anchors is not None:
+    raise ValueError('no window and no anchor mask')
   by_head = lambda x: jnp.repeat(x, q.shape[2] // x.shape[2], 2).transpose(0, 2, 1, 3)
   ids = None if mask.segment_BxL is None else kernel.SegmentIds(mask.segment_BxL, mask.segment_BxL)
   return kernel.flash_attention(by_head(q), by_head(k), by_head(v), segment_ids=ids, causal=mask.causal,
@@ -146,7 +147,7 @@ def _torch_contender(f: Callable, mask: Any, dtype: str, kind: str, operands: tu
 def _sdpa(torch, mask, q, k):
   """Plain causal where that is all; everything else as a dense mask."""
   grouped = {'enable_gqa': True} if k.shape[1] != q.shape[1] else {}
-  if mask.window is None and mask.segment_BxL is None:
+  if mask.window is None and mask.segment_BxL is None and mask.anchors is None:
     return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, **grouped)
   import numpy as np
   dense = torch.tensor(np.asarray(mask.dense(q.shape[2]))[:, None]).to(q.device)
@@ -156,9 +157,15 @@ def _sdpa(torch, mask, q, k):
 def _flex(torch, mask, q, k):
   import numpy as np
   from torch.nn.attention import flex_attention
-  segment = None if mask.segment_BxL is None else torch.tensor(np.asarray(mask.segment_BxL)).to(q.device)
+  on_device = lambda x: None if x is None else torch.tensor(np.asarray(x)).to(q.device)
+  segment = on_device(mask.segment_BxL)
+  anchors = None if mask.anchors is None else type(mask.anchors.segments)(*map(on_device, mask.anchors.segments))
 
   def seen(b, h, i, j):
+    if anchors is not None:  # with nothing protected
+      own = (j <= i) & (anchors.segment_BxL[b, i] == anchors.segment_BxL[b, j])
+      at = anchors.index_BxL[b, j]
+      return own | anchors.kept_BxL[b, j] & (anchors.first_BxL[b, i] <= at) & (at < anchors.stop_BxL[b, i])
     visible = j <= i if mask.causal else j == j
     if mask.window is not None:
       visible = visible & (i - j < mask.window) & (j - i < mask.window)
@@ -166,7 +173,8 @@ def _flex(torch, mask, q, k):
       visible = visible & (segment[b, i] == segment[b, j])
     return visible
 
-  blocks = flex_attention.create_block_mask(seen, None if segment is None else q.shape[0], None, q.shape[2], q.shape[2],
+  by_row = segment is not None or anchors is not None
+  blocks = flex_attention.create_block_mask(seen, q.shape[0] if by_row else None, None, q.shape[2], q.shape[2],
                                             device=q.device.type)
   compiled = torch.compile(flex_attention.flex_attention)
   return lambda q, k, v: compiled(q, k, v, block_mask=blocks, enable_gqa=True)

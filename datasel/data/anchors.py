@@ -11,10 +11,16 @@ import dataclasses
 import numbers
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from datasel.data.tokenizer import Tokenizer
+
+class Encoder(Protocol):
+  """What is asked of a tokenizer here; `tokenizer.Tokenizer` is one."""
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """int32 ids of each text, no special token among them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Rule:
                        f'{self.min_length}, or None for no limit')
 
 
-def punctuation_ids(tokenizer: Tokenizer, symbols: Iterable[str] = ('.',)) -> tuple[int, ...]:
+def punctuation_ids(tokenizer: Encoder, symbols: Iterable[str] = ('.',)) -> tuple[int, ...]:
   """The id of each symbol, as written right after a word; for EP, where the period alone is the paper's choice.
 
   A token that is more than the symbol (' .', '...', '."') is another and closes nothing, as in the authors' code.
@@ -49,8 +55,8 @@ def punctuation_ids(tokenizer: Tokenizer, symbols: Iterable[str] = ('.',)) -> tu
   for symbol in symbols:
     word, both = (encoded.tolist() for encoded in tokenizer.encode_batch(['a', f'a{symbol}']))
     if len(both) != len(word) + 1 or both[:-1] != word:
-      raise ValueError(f"anchors: tokenizer {tokenizer.name} writes 'a' as {word} and {'a' + symbol!r} as {both}; want "
-                       f'one more token for {symbol!r}; choose a symbol that is a token of its own')
+      raise ValueError(f"anchors: the tokenizer writes 'a' as {word} and {'a' + symbol!r} as {both}; want one more "
+                       f'token for {symbol!r}; choose a symbol that is a token of its own')
     ids.append(both[-1])
   return tuple(ids)
 
@@ -101,24 +107,36 @@ def insert(parts: Sequence[np.ndarray], anchor_id: int, rule: Rule, *, trailing:
   return np.insert(tokens, places, anchor_id)
 
 
-def with_anchors(texts: Sequence[str], tokenizer: Tokenizer, anchor_id: int, rule: Rule, *, trailing: bool = False,
+def with_anchors(texts: Sequence[str], tokenizer: Encoder, anchor_id: int, rule: Rule, *, trailing: bool = False,
                  bos: bool = False, eos: bool = False,
                  split: Callable[[str], Sequence[str]] = split_sentences) -> list[np.ndarray]:
   """int32 ids of each text, with an anchor between its sentences: the paper's AC.  The other arguments are `insert`'s.
 
   split: a text's sentences, in order, without the white space around them (nltk.sent_tokenize).  White space goes
-  with what follows it.  Each sentence is encoded by itself, as tokenizers do around an added token; one that begins
-  every text with a space is not given that space as well.
+  with what follows it.  Each sentence is encoded by itself, as tokenizers do around an added token, but for the space
+  that some put before every text: so the ids without the anchors spell the text.
   ValueError for a sentence that is not in its text, and as `insert`.
   """
-  one, two = (encoded.tolist() for encoded in tokenizer.encode_batch(['a', 'a a']))
-  begins_with_space = two == one * 2
   pieces_of = [_pieces(text, split(text)) for text in texts]
-  if begins_with_space:
-    pieces_of = [[*pieces[:1], *(piece.removeprefix(' ') for piece in pieces[1:])] for pieces in pieces_of]
-  parts = iter(tokenizer.encode_batch([piece for pieces in pieces_of for piece in pieces]))
+  first = [n == 0 for pieces in pieces_of for n in range(len(pieces))]
+  parts = iter(_encoded([piece for pieces in pieces_of for piece in pieces], first, tokenizer))
   return [insert([next(parts) for _ in pieces], anchor_id, rule, trailing=trailing, bos=bos, eos=eos)
           for pieces in pieces_of]
+
+
+def _encoded(pieces: Sequence[str], first: Sequence[bool], tokenizer: Encoder) -> list[np.ndarray]:
+  """ids of each piece of a text; first: those with which a text begins."""
+  one, two = (encoded.tolist() for encoded in tokenizer.encode_batch(['a', 'a a']))
+  if two != one * 2:
+    return tokenizer.encode_batch(pieces)
+  # A tokenizer that begins a text with a space: as after a word, the others have those of the text alone.
+  given = [piece if begins else f'a{piece}' for piece, begins in zip(pieces, first, strict=True)]
+  found = tokenizer.encode_batch(given)
+  for n in np.flatnonzero(~np.array(first, bool)):
+    word, found[n] = np.split(found[n], [len(one)])
+    if word.tolist() != one:  # the two melted into one token
+      [found[n]] = tokenizer.encode_batch([pieces[n]])
+  return found
 
 
 def _pieces(text: str, sentences: Sequence[str]) -> list[str]:

@@ -38,6 +38,7 @@ def prepare(
     *,
     length: int = 1024,
     holdout: float = 0.01,
+    packing: str = 'concatenate',
     pipeline_options: Sequence[str] = (),
 ) -> stores.Store:
   """`datasel.prepare.prepare` with a Beam pipeline for its workers: same arguments, same store.
@@ -49,7 +50,8 @@ def prepare(
   if urls:
     raise ValueError(f'{", ".join(urls)}: want a path on a disk that all workers see, not a URL; see docs/beam.md')
   pack_all = functools.partial(_pack_all, pipeline_options=tuple(pipeline_options))
-  return preparing.prepare(corpus, store, tokenizer, length=length, holdout=holdout, pack_all=pack_all)
+  return preparing.prepare(corpus, store, tokenizer, length=length, holdout=holdout, packing=packing,
+                           pack_all=pack_all)
 
 
 def main(argv: list[str]) -> None:

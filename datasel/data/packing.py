@@ -1,15 +1,19 @@
 """Documents to fixed-length records, and records to the model's batch.  Pure numpy.
 
-The documents of one source are laid end to end, each as [bos?] + tokens + [eos?]; record k holds
-stream[k*L : k*L + L + 1].  Neighbouring records share one token, so every token but the first of its document is a
-target exactly once.  The last record is padded.
+A document is [bos?] + tokens + [eos?].
+
+  concatenate   the documents of one source are laid end to end; record k holds stream[k*L : k*L + L + 1].  Neighbouring
+                records share one token, so every token but the first of its document is a target exactly once.  The
+                last record is padded.
+  truncate      a document is a record: its first L + 1 tokens, padded.  What is behind them is cut off, and counted.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-NAME = 'concatenate-overlap-1'
+# As a store's manifest has them.
+NAMES = {'concatenate': 'concatenate-overlap-1', 'truncate': 'truncate-right-1'}
 
 
 def record_dtype(length: int, vocab_size: int) -> np.dtype:
@@ -23,7 +27,7 @@ def record_dtype(length: int, vocab_size: int) -> np.dtype:
 
 
 class Packer:
-  """Turns documents into records as they come; holds less than one record of tokens between calls.
+  """Turns documents into records as they come, concatenated; holds less than one record of tokens between calls.
 
   length: L, the input tokens of a record.  bos_id, eos_id: put before and after each document, None for nothing.
   """
@@ -43,13 +47,7 @@ class Packer:
     """Records completed by these documents, each a 1-D int array; empty ones only where bos or eos is added."""
     if not documents:
       return np.zeros(0, self.dtype)
-    lengths = np.array([len(document) for document in documents]) + self.extra
-    if lengths.min() < 1:
-      raise ValueError(f'document {int(lengths.argmin())} of this call has no tokens; leave it out and count it')
-    parts = [part for document in documents for part in (*self._before, document, *self._after)]
-    tokens = np.concatenate(parts)
-    if tokens.min() < 0 or tokens.max() >= self.vocab_size:
-      raise ValueError(f'token ids {tokens.min()}..{tokens.max()} are outside the vocabulary of {self.vocab_size}')
+    tokens, lengths = self._laid_out(documents)
     starts = np.zeros(len(tokens), bool)
     starts[np.cumsum(lengths) - lengths] = True
     self._tokens = np.concatenate([self._tokens, tokens])
@@ -68,6 +66,16 @@ class Packer:
     records['valid'] = valid
     return records
 
+  def _laid_out(self, documents: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(the documents end to end, the length of each), with bos and eos."""
+    lengths = np.array([len(document) for document in documents]) + self.extra
+    if lengths.min() < 1:
+      raise ValueError(f'document {int(lengths.argmin())} of this call has no tokens; leave it out and count it')
+    tokens = np.concatenate([part for document in documents for part in (*self._before, document, *self._after)])
+    if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+      raise ValueError(f'token ids {tokens.min()}..{tokens.max()} are outside the vocabulary of {self.vocab_size}')
+    return tokens, lengths
+
   def _take(self, n: int) -> np.ndarray:
     records = np.zeros(n, self.dtype)
     if n:
@@ -80,6 +88,25 @@ class Packer:
       self._starts = self._starts[n * self.length:]
       self._full += n
     return records
+
+
+class Truncator(Packer):
+  """Turns each document into one record, and cuts off what goes beyond it."""
+
+  def add(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+    """A record of each document, a 1-D int array; empty ones only where bos or eos is added."""
+    records = np.zeros(len(documents), self.dtype)
+    if documents:
+      tokens, lengths = self._laid_out(documents)
+      place = np.arange(self.length + 1)
+      records['valid'] = np.minimum(lengths, self.length + 1)
+      here = place < records['valid'][:, None]
+      records['tokens'][here] = tokens[((np.cumsum(lengths) - lengths)[:, None] + place)[here]]
+      records['starts'][:, 0] = 1
+    return records
+
+
+PACKERS = {NAMES['concatenate']: Packer, NAMES['truncate']: Truncator}
 
 
 def unpack(records_B: np.ndarray) -> dict[str, np.ndarray]:

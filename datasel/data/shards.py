@@ -25,18 +25,22 @@ _HOLDOUT_SALT = b'datasel.holdout'
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What beside the source's bytes determines a shard.  holdout: the fraction of documents kept for validation."""
+  """What beside the source's bytes determines a shard.  holdout: the fraction of documents kept for validation.
+
+  packing: one of `packing.PACKERS`."""
   tokenizer_digest: str
   length: int
   holdout: float
   format: int = FORMAT
-  packing: str = packing.NAME
+  packing: str = packing.NAMES['concatenate']
 
   def __post_init__(self):
     if self.length < 1:
       raise ValueError(f'length is {self.length}, want at least 1 token per record')
     if not 0 <= self.holdout < 1:
       raise ValueError(f'holdout is {self.holdout}, want a fraction of the documents in [0, 1)')
+    if self.packing not in packing.PACKERS:
+      raise ValueError(f'packing is {self.packing!r}, want one of {sorted(packing.PACKERS)}')
 
 
 def holdout_rank(identity: str) -> float:
@@ -58,7 +62,8 @@ def pack_file(
   their names only when whole.  progress: called with the documents and tokens added since the last call.
   Returns {source: {name, sha256, documents}, settings, splits: {split: {documents, tokens, targets, bytes, sequences,
   dropped: {reason: n}, shard: {file, sha256, records, bytes} or None}}}; tokens count bos and eos, bytes are of the
-  text in UTF-8.
+  text in UTF-8.  Packed by truncation, a split has `cut` besides, {documents, tokens, bytes}: what was cut off, and of
+  how many documents; the other figures are of what was kept.
   Raises ValueError for bad text (naming file and line), OSError when the disk is full.
   """
   folder = pathlib.Path(folder)
@@ -144,7 +149,9 @@ class _Split:
   def __init__(self, encoder: tokenizer.Tokenizer, settings: Settings, write, progress):
     self.counts = {'documents': 0, 'tokens': 0, 'targets': 0, 'bytes': 0, 'sequences': 0, 'dropped': {}}
     self._encoder = encoder
-    self._packer = packing.Packer(
+    if settings.packing == packing.NAMES['truncate']:
+      self.counts['cut'] = {'documents': 0, 'tokens': 0, 'bytes': 0}
+    self._packer = packing.PACKERS[settings.packing](
         length=settings.length, vocab_size=encoder.vocab_size, bos_id=encoder.bos_id, eos_id=encoder.eos_id)
     self._write = write
     self._progress = progress
@@ -172,14 +179,28 @@ class _Split:
         self._drop('no tokens')  # the tokenizer normalises all of it away
         continue
       kept.append(ids)
-      tokens += len(ids) + self._packer.extra
-      self.counts['bytes'] += len(text.encode())
+      whole, size = len(ids) + self._packer.extra, len(text.encode())
+      n, left = self._cut(ids, whole, size)
+      tokens += n
+      self.counts['bytes'] += left
     self.counts['documents'] += len(kept)
     self.counts['tokens'] += tokens
     self.counts['targets'] += tokens - len(kept)
     self._append(self._packer.add(kept))
     self._progress(len(kept), tokens)
     self._texts, self._characters = [], 0
+
+  def _cut(self, ids: np.ndarray, tokens: int, size: int) -> tuple[int, int]:
+    """(tokens, bytes) that are left of a document of so many, which is counted where it is cut."""
+    room = self._packer.length + 1
+    if 'cut' not in self.counts or tokens <= room:
+      return tokens, size
+    # bos is kept, and eos falls first.  The bytes are those of the text that the kept ids spell.
+    begin = ids[:room - (self._encoder.bos_id is not None)]
+    left = min(size, len(self._encoder.decode(begin).encode()))
+    for key, n in (('documents', 1), ('tokens', tokens - room), ('bytes', size - left)):
+      self.counts['cut'][key] += n
+    return room, left
 
   def _append(self, records: np.ndarray) -> None:
     self._write(records)

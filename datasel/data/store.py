@@ -59,7 +59,8 @@ class Store:
     return self._split(split).sizes_M.copy()
 
   def counts(self, split: str) -> dict[str, dict]:
-    """{domain: {documents, tokens, targets, bytes, sequences, dropped, shards}}."""
+    """{domain: {documents, tokens, targets, bytes, sequences, dropped, shards}}, and `cut` where documents were
+    truncated: {documents, tokens, bytes}, what of them is not in the store."""
     self._split(split)
     return self.manifest['splits'][split]
 
@@ -142,11 +143,14 @@ def assemble(
 def _sum(total: dict | None, counts: dict) -> dict:
   """The counts of a domain with one more source's."""
   shard = [dict(counts['shard'])] if counts['shard'] else []
+  cut = {'cut': {key: n + (total['cut'][key] if total else 0) for key, n in counts['cut'].items()}
+         } if 'cut' in counts else {}
   if total is None:
-    return {key: counts[key] for key in (*COUNTED, 'dropped')} | {'shards': shard}
+    return {key: counts[key] for key in (*COUNTED, 'dropped')} | {'shards': shard} | cut
   dropped = {reason: total['dropped'].get(reason, 0) + counts['dropped'].get(reason, 0)
              for reason in sorted({*total['dropped'], *counts['dropped']})}
-  return {key: total[key] + counts[key] for key in COUNTED} | {'dropped': dropped, 'shards': total['shards'] + shard}
+  return ({key: total[key] + counts[key] for key in COUNTED}
+          | {'dropped': dropped, 'shards': total['shards'] + shard} | cut)
 
 
 def _check(splits: dict[str, dict[str, dict]], sources: dict[str, list[dict]]) -> None:

@@ -1,7 +1,7 @@
 """Tokenizers, from a file, a folder, or Hugging Face, behind one small interface."""
 
-import hashlib
-import json
+import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -10,10 +10,12 @@ import numpy as np
 import tokenizers
 
 from datasel import workdir
+from datasel.data import anchors
+from datasel.data.vocabulary_files import END, Json, SentencePiece
 
-END = '<|endoftext|>'
-# A bare tokenizer.json doesn't say which of its added tokens begin and end a document; these are the names in use.
-_USUAL = {'bos_token': ('<s>', '<bos>', '<|begin_of_text|>'), 'eos_token': (END, '</s>', '<eos>', '<|end_of_text|>')}
+ANCHOR = '<AC>'
+_ANCHORS = 'anchors.json'  # beside the tokenizer: how it puts anchors into text
+_SPLIT = 1  # raise it when `anchors.split_sentences` or `anchors.insert` changes what is written
 
 
 class Tokenizer:
@@ -21,35 +23,100 @@ class Tokenizer:
 
   name: what it was loaded as, without its folder.  digest: sha256 (hex) of all that determines the ids.
   vocab_size: largest id + 1, added tokens included.  bos_id, eos_id: None when the tokenizer has none.
+  anchor_id: the token that it puts between sentences, None when it puts none; anchors: the rule by which
+  `attention.anchors.flags` finds these tokens, for documents read from their beginning, bos and eos included.
   Text that spells a special token ('</s>' in a web page) is encoded as the plain characters it is: no text can end a
-  document.
+  document, nor close a segment.
   """
 
-  def __init__(self, backend: '_Json | _SentencePiece', name: str, bos_id: int | None, eos_id: int | None):
+  def __init__(self, backend: Json | SentencePiece, name: str, bos_id: int | None, eos_id: int | None,
+               anchoring: '_Anchoring | None' = None):
     self._backend = backend
+    self._anchoring = anchoring
     self.name = name
     self.bos_id = bos_id
     self.eos_id = eos_id
     self.vocab_size = backend.vocab_size
-    self.digest = workdir.digest({'content': backend.content_digest, 'bos_id': bos_id, 'eos_id': eos_id})
+    self.anchor_id = None if anchoring is None else backend.id(ANCHOR)
+    self.anchors = None if anchoring is None else anchors.Rule(
+      (self.anchor_id,), anchoring.min_length, anchoring.max_length)
+    self.digest = workdir.digest({'content': backend.content_digest, 'bos_id': bos_id, 'eos_id': eos_id} | (
+      {} if anchoring is None else {'anchors': dataclasses.asdict(anchoring)}))
+
+  @property
+  def plain(self) -> 'Tokenizer':
+    """The tokenizer that puts no anchors into text, of which this one was made; itself where it puts none."""
+    if self._anchoring is None:
+      return self
+    backend = self._backend.without_special(ANCHOR) if self._anchoring.added else self._backend
+    return Tokenizer(backend, self.name, self.bos_id, self.eos_id)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """int32 ids of each text; no special token is added."""
-    return self._backend.encode_batch(texts)
+    """int32 ids of each text; no special token is added but the anchors between sentences, where it has them."""
+    if self._anchoring is None:
+      return self._backend.encode_batch(texts)
+    return anchors.with_anchors(texts, self._backend, self.anchor_id, self.anchors, trailing=self._anchoring.trailing,
+                                bos=self.bos_id is not None, eos=self.eos_id is not None)
 
-  def decode(self, ids: Iterable[int]) -> str:
-    """The text of the ids, special tokens spelled out."""
-    return self._backend.decode([int(i) for i in ids])
+  def decode(self, ids: Iterable[int], *, show_anchors: bool = False) -> str:
+    """The text of the ids, special tokens spelled out, but anchors only where show_anchors asks for them."""
+    ids = [int(i) for i in ids]
+    if self._anchoring is None or not show_anchors:
+      return self._backend.decode([i for i in ids if i != self.anchor_id])
+    runs = [list(run) for is_anchor, run in itertools.groupby(ids, lambda i: i == self.anchor_id)]
+    lead = self._backend.encode_batch(['a'])[0].tolist()  # a tokenizer may drop a space at the beginning of a text
+    text = lambda run: self._backend.decode([*lead, *run])[len(self._backend.decode(lead)):]
+    return ''.join(ANCHOR * len(run) if run[0] == self.anchor_id else text(run) if n else self._backend.decode(run)
+                   for n, run in enumerate(runs))
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes the tokenizer into `folder` so that `load(folder)` gives one of equal digest."""
+    """Writes the tokenizer into `folder` so that `load(folder)` gives one of equal digest.
+
+    One with anchors has its token in the vocabulary file itself: other readers know the id, but put none into text.
+    """
     folder = pathlib.Path(folder)
+    (folder / _ANCHORS).unlink(missing_ok=True)  # of another one that was here
     with workdir.replacing(folder / self._backend.file_name) as f:
       f.write(self._backend.content)
     # null, not absence: `load` must not guess where this tokenizer has none.
     special = {name: None if i is None else self._backend.token(i)
                for name, i in (('bos_token', self.bos_id), ('eos_token', self.eos_id))}
     workdir.write_json(folder / 'tokenizer_config.json', special)
+    if self._anchoring is not None:
+      workdir.write_json(folder / _ANCHORS, dataclasses.asdict(self._anchoring))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Anchoring:
+  """How anchors are put into text; with the vocabulary it determines the ids."""
+  min_length: int
+  max_length: int | None
+  trailing: bool
+  added: bool  # the token is the last of the ids, and was none of the tokenizer that this one was made of
+  token: str = ANCHOR
+  split: int = _SPLIT
+
+
+def with_anchor(tokenizer: Tokenizer, *, min_length: int = 1, max_length: int | None = None,
+                trailing: bool = False) -> Tokenizer:
+  """The tokenizer, with an anchor token between the sentences of every text that it encodes (the paper's AC).
+
+  The token is ANCHOR, a new id after all others, or the tokenizer's own special token of that spelling.
+  min_length, max_length: tokens of a segment, its anchor and the tokenizer's bos and eos included, as `anchors.Rule`
+  has them.  trailing: an anchor also after the last sentence, as the paper says; its code does not.
+  ValueError for lengths that make no sense, and for a tokenizer that can't take the token, or has anchors.
+  """
+  if max_length == 1:
+    raise ValueError('max_length 1 leaves no room for text beside an anchor of its own; want at least 2, or None')
+  anchors.Rule((), min_length, max_length)
+  if tokenizer.anchor_id is not None:
+    raise ValueError(f'tokenizer {tokenizer.name} has anchors already; start from the one that it was made of')
+  backend = tokenizer._backend.with_special(ANCHOR)
+  if backend is None:
+    raise ValueError(f'tokenizer {tokenizer.name} cannot take {ANCHOR} as a token: its ids have gaps, or it has one of '
+                     'that spelling for text')
+  anchoring = _Anchoring(min_length, max_length, trailing, added=backend is not tokenizer._backend)
+  return Tokenizer(backend, tokenizer.name, tokenizer.bos_id, tokenizer.eos_id, anchoring)
 
 
 def load(name_or_path: str | os.PathLike) -> Tokenizer:
@@ -92,71 +159,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: str | os.PathLike) ->
 def copy(source: str | os.PathLike, folder: str | os.PathLike) -> None:
   """Copies the files of a tokenizer as they are, with what transformers alone reads of them."""
   for name in ('tokenizer.json', 'tokenizer.model', 'special_tokens_map.json', 'chat_template.jinja',
-               'generation_config.json', 'tokenizer_config.json'):
+               'generation_config.json', _ANCHORS, 'tokenizer_config.json'):
     if (pathlib.Path(source) / name).is_file():
       with workdir.replacing(pathlib.Path(folder) / name) as f:
         f.write((pathlib.Path(source) / name).read_bytes())
 
 
-class _Json:
-  """A tokenizer.json, run by the `tokenizers` library."""
-
-  file_name = 'tokenizer.json'
-
-  def __init__(self, content: bytes):
-    # Truncation and padding belong to whoever wrote the file; here every token of every document counts.
-    parsed = json.loads(content) | {'truncation': None, 'padding': None}
-    self.content = json.dumps(parsed, ensure_ascii=False).encode()
-    self.content_digest = workdir.digest(parsed)
-    self._tokenizer = tokenizers.Tokenizer.from_str(self.content.decode())
-    self._tokenizer.encode_special_tokens = True
-    self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    self.id = self._tokenizer.token_to_id
-    self.token = self._tokenizer.id_to_token
-
-  def encode_batch(self, texts):
-    return [np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-  def decode(self, ids):
-    return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-  def guess(self, key):
-    """The id of the first usual name for `key` ('bos_token') that is an added token, or None."""
-    added = {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
-    return next((added[name] for name in _USUAL[key] if name in added), None)
-
-
-class _SentencePiece:
-  """A sentencepiece .model file."""
-
-  file_name = 'tokenizer.model'
-
-  def __init__(self, content: bytes):
-    import sentencepiece  # late: only those who bring such a model need it
-    self.content = content
-    self.content_digest = hashlib.sha256(content).hexdigest()
-    self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-    self.vocab_size = self._processor.vocab_size()
-    self.token = self._processor.id_to_piece
-
-  def id(self, token):
-    i = self._processor.piece_to_id(token)
-    return None if i == self._processor.unk_id() else i
-
-  def encode_batch(self, texts):
-    return [np.array(ids, np.int32) for ids in self._processor.encode(list(texts))]
-
-  def decode(self, ids):
-    return self._processor.decode(ids)
-
-  def guess(self, key):
-    """The model's own bos or eos, or None."""
-    i = {'bos_token': self._processor.bos_id, 'eos_token': self._processor.eos_id}[key]()
-    return None if i < 0 else i
-
-
 def _from_file(path: pathlib.Path, name: str) -> Tokenizer:
-  kind = _SentencePiece if path.suffix == '.model' else _Json
+  kind = SentencePiece if path.suffix == '.model' else Json
   try:
     backend = kind(path.read_bytes())
   except ImportError as e:
@@ -165,7 +175,31 @@ def _from_file(path: pathlib.Path, name: str) -> Tokenizer:
     raise ValueError(f'tokenizer {path} is not a valid {kind.file_name} ({e}); get the file again') from e
   stated = _stated(path.parent)
   bos_id, eos_id = (_special_id(backend, stated, key, path) for key in ('bos_token', 'eos_token'))
-  return Tokenizer(backend, name, bos_id, eos_id)
+  return Tokenizer(backend, name, bos_id, eos_id, _anchoring(path, backend))
+
+
+def _anchoring(path: pathlib.Path, backend: Json | SentencePiece) -> _Anchoring | None:
+  """What the file beside a tokenizer says of its anchors; None when there is none."""
+  file = path.parent / _ANCHORS
+  if not file.is_file():
+    return None
+  stated = workdir.read_json(file)
+  remedy = 'make the folder again: python -m datasel.prepare anchor-tokenizer'
+  wanted = dataclasses.asdict(_Anchoring(1, None, trailing=False, added=True))
+  if not isinstance(stated, dict) or stated.keys() != wanted.keys() or not (
+      isinstance(stated['trailing'], bool) and isinstance(stated['added'], bool)):
+    raise ValueError(f'{file} is damaged: it says {stated}, want such as {wanted}; {remedy}')
+  if (stated['token'], stated['split']) != (ANCHOR, _SPLIT):
+    raise ValueError(f'{file} is of another version: token {stated["token"]!r} and split {stated["split"]}, want '
+                     f'{ANCHOR!r} and {_SPLIT}; {remedy}')
+  if not backend.is_special(ANCHOR) or (stated['added'] and backend.id(ANCHOR) != backend.vocab_size - 1):
+    raise ValueError(f'{file} does not fit {path.name} beside it, where {ANCHOR} is token {backend.id(ANCHOR)} of '
+                     f'{backend.vocab_size}: want it to be a special one, the last if it was added; {remedy}')
+  try:
+    anchors.Rule((), stated['min_length'], stated['max_length'])
+  except ValueError as e:
+    raise ValueError(f'{file} is damaged ({e}); {remedy}') from e
+  return _Anchoring(**stated)
 
 
 def _stated(folder: pathlib.Path) -> dict[str, str | None]:
@@ -201,4 +235,4 @@ def _from_hub(name_or_folder: str, name: str) -> Tokenizer:
     raise ValueError(f'tokenizer {name!r} is neither a file here nor could Hugging Face give it: {e}') from e
   if not hub.is_fast:
     raise ValueError(f'tokenizer {name!r} has no tokenizer.json form; give its sentencepiece .model file instead')
-  return Tokenizer(_Json(hub.backend_tokenizer.to_str().encode()), name, hub.bos_token_id, hub.eos_token_id)
+  return Tokenizer(Json(hub.backend_tokenizer.to_str().encode()), name, hub.bos_token_id, hub.eos_token_id)

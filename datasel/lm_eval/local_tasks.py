@@ -6,14 +6,13 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from datasel.data import demo_archives
-from datasel.lm_eval import records
+from datasel.data import demo_archives, questions
 
 _SHOTS = 20  # one in so many questions is kept for few-shot prompts and never asked
 
 
 class LocalTask(ConfigurableTask):
-  """A task whose documents are `records.load(metadata['set'])`: split 'test', and 'shots' for few-shot prompts."""
+  """A task whose documents are `questions.load(metadata['set'])`: split 'test', and 'shots' for few-shot prompts."""
 
   def __init__(self, config: dict[str, Any]):
     super().__init__(config={key: value for key, value in config.items() if key != 'class'})
@@ -21,7 +20,7 @@ class LocalTask(ConfigurableTask):
   def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
     name = self.config.metadata['set']
     try:
-      found, self.dropped = records.load(name)
+      found, self.dropped = questions.load(name)
     except demo_archives.Unavailable as e:
       raise ValueError(f'task {self.config.task}: its data cannot be had: {e}') from e
     asked = [r['held_out'] if name == 'gsm8k' else n % _SHOTS > 0 for n, r in enumerate(found)]
@@ -38,9 +37,9 @@ def configs() -> dict[str, dict]:
   metric = lambda name: {'metric': name, 'aggregation': 'mean', 'higher_is_better': True}
   common = {'class': LocalTask, 'test_split': 'test', 'fewshot_split': 'shots', 'target_delimiter': ' '}
   chosen = {f'datasel_{name}': common | {
-    'output_type': 'multiple_choice', 'doc_to_text': 'Question: {{question}}' + questions.after,
+    'output_type': 'multiple_choice', 'doc_to_text': 'Question: {{question}}' + of_set.after,
     'doc_to_choice': 'choices', 'doc_to_target': 'gold', 'metric_list': [metric('acc'), metric('acc_norm')],
-    'metadata': {'version': 1.0, 'set': name}} for name, questions in records.SETS.items()}
+    'metadata': {'version': 1.0, 'set': name}} for name, of_set in questions.SETS.items()}
   written = {'datasel_gsm8k': common | {
     'output_type': 'generate_until', 'doc_to_text': 'Question: {{question}}\nAnswer:', 'doc_to_target': 'answer',
     'num_fewshot': 5, 'process_results': _gsm8k_results, 'metric_list': [metric('exact_match')],

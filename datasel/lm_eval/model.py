@@ -2,7 +2,8 @@
 
 It answers as the harness's own `hf` model does for causal models: the same tokens (transformers' fast tokenizer, its
 beginning-of-sequence token, the split of context and continuation, truncation on the left), scored in JAX on all
-devices.
+devices.  A model with anchors generates with its anchor cache; its log-likelihoods are those of its mask, which are the
+same numbers.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from datasel import sharding, workdir
 from datasel.generate import Generator
 from datasel.lm_eval.answers import Answers, identity
 from datasel.lm_eval.scoring import Row, Scorer
+from datasel.methods.anllm.generate import AnchorGenerator
 
 _log = logging.getLogger(__name__)
 _GENERATION = ('temperature', 'top_k', 'top_p', 'do_sample', 'until', 'max_gen_toks')
@@ -210,8 +212,9 @@ class DataselLM(TemplateLM):
   def _generator(self) -> Generator:
     eos = () if self.eot_token_id is None else (self.eot_token_id,)
     detokenize = lambda tokens: self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True)
-    return Generator(self.model, self._params, mesh=self._mesh, batch_size=self._generated_rows, eos_ids=eos,
-                     detokenize=detokenize, max_length=self.max_length)
+    kind = Generator if self.model.anchors is None else AnchorGenerator
+    return kind(self.model, self._params, mesh=self._mesh, batch_size=self._generated_rows, eos_ids=eos,
+                detokenize=detokenize, max_length=self.max_length)
 
   @property
   def _generated_rows(self) -> int:

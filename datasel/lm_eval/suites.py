@@ -15,7 +15,8 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 
-from datasel.lm_eval import local_tasks, paper_tasks, records
+from datasel.data import questions
+from datasel.lm_eval import local_tasks, paper_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ SUITES = {
       'openbookqa', 'winogrande', 'arc_easy', 'arc_challenge', 'piqa', 'hellaswag', 'sciq', 'boolq'), shots=(0, 5),
     metrics=('acc',)),
   'local': Suite(
-    'Sets that packages bring: 0 shots, acc_norm', {name: (f'datasel_{name}',) for name in records.SETS}),
+    'Sets that packages bring: 0 shots, acc_norm', {name: (f'datasel_{name}',) for name in questions.SETS}),
 }
 
 

@@ -247,7 +247,7 @@ class Mistral:
   def _check_full_cache(self) -> None:
     if self.anchors is not None:
       raise ValueError('a model with anchors decodes with its own cache: '
-                       'datasel.methods.anllm.cache.AnchorDecoder(model) stands in for it')
+                       'datasel.methods.anllm.generate.AnchorGenerator(model, params)')
 
   def _layer(self, attend: Attend, position_BxL: jax.Array) -> Callable[[jax.Array, dict], tuple[jax.Array, Any]]:
     """(x_BxLxD, a layer's parameters) -> (x_BxLxD, what `attend` keeps): one turn of the scan over the layers."""

@@ -71,10 +71,10 @@ def curves(key: str, title: str, lines: Sequence[Line], *, ylabel: str, level: f
       ax.axhline(level, color=GREY, linewidth=1.2, linestyle=':')
     ax.set(title=title, xlabel='step', ylabel=ylabel)
     ax.margins(x=0.02)
-    _name_ends(ax, [line for line in lines if line.label])
+    name_ends(ax, [line for line in lines if line.label])
 
   named = sum(bool(line.label) for line in lines)
-  return _draw(key, max(3.1, _LABEL * named + 1), paint)
+  return draw(key, max(3.1, _LABEL * named + 1), paint)
 
 
 def bars(key: str, title: str, names: Sequence[str], baseline: Sequence[float], tuned: Sequence[float],
@@ -98,7 +98,7 @@ def bars(key: str, title: str, names: Sequence[str], baseline: Sequence[float], 
     ax.set_xlim(left=0)
     ax.set(title=title, xlabel=xlabel)
 
-  return _draw(key, 0.4 * len(names) + 0.9, paint)
+  return draw(key, 0.4 * len(names) + 0.9, paint)
 
 
 def differences(key: str, title: str, names: Sequence[str], values: Sequence[float], colors: Sequence[str], *,
@@ -118,7 +118,7 @@ def differences(key: str, title: str, names: Sequence[str], values: Sequence[flo
     _name_rows(ax, names)
     ax.set(title=title, xlabel=xlabel)
 
-  return _draw(key, 0.27 * len(names) + 0.95, paint)
+  return draw(key, 0.27 * len(names) + 0.95, paint)
 
 
 def dots(key: str, title: str, names: Sequence[str], hollow: Sequence[float], filled: Sequence[Sequence[float]],
@@ -136,7 +136,7 @@ def dots(key: str, title: str, names: Sequence[str], hollow: Sequence[float], fi
     ax.margins(x=0.06)
     ax.set(title=title, xlabel=xlabel)
 
-  return _draw(key, 0.27 * len(names) + 0.95, paint)
+  return draw(key, 0.27 * len(names) + 0.95, paint)
 
 
 def intervals(key: str, title: str, names: Sequence[str], series: Sequence[tuple[Sequence[float], Sequence[float]]],
@@ -157,7 +157,7 @@ def intervals(key: str, title: str, names: Sequence[str], series: Sequence[tuple
     ax.margins(x=0.05)
     ax.set(title=title, xlabel=xlabel)
 
-  return _draw(key, (0.2 + 0.1 * len(series)) * len(names) + 0.95, paint)
+  return draw(key, (0.2 + 0.1 * len(series)) * len(names) + 0.95, paint)
 
 
 def scatter(key: str, title: str, x: Sequence[float], y: Sequence[float], *, xlabel: str, ylabel: str) -> str:
@@ -169,7 +169,7 @@ def scatter(key: str, title: str, x: Sequence[float], y: Sequence[float], *, xla
     ax.scatter(x, y, s=9 if many else 24, color=ACCENT, alpha=0.35 if many else 0.8, linewidths=0)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
 
-  return _draw(key, 3.1, paint)
+  return draw(key, 3.1, paint)
 
 
 def front(key: str, title: str, x: Sequence[float], y: Sequence[float], marked: dict[str, tuple[float, float]], *,
@@ -184,7 +184,7 @@ def front(key: str, title: str, x: Sequence[float], y: Sequence[float], marked: 
     ax.margins(x=0.12, y=0.12)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
 
-  return _draw(key, 3.1, paint)
+  return draw(key, 3.1, paint)
 
 
 def signed(x: float, digits: int = 3) -> str:
@@ -207,7 +207,8 @@ def smoothed(values: Sequence[float], weights: Sequence[float], width: int) -> n
   return np.where(counts > 0, sums / np.where(counts > 0, counts, 1), np.nan)
 
 
-def _draw(key: str, height: float, paint: Callable[[Axes], None]) -> str:
+def draw(key: str, height: float, paint: Callable[[Axes], None]) -> str:
+  """The SVG of what `paint` draws, `height` inches high.  key: a name of its own, by which its ids are made."""
   with matplotlib.rc_context(_STYLE | {'svg.hashsalt': key}):
     figure = Figure(figsize=(_WIDTH, height), layout='constrained')
     paint(figure.add_subplot())
@@ -240,7 +241,7 @@ def _name_rows(ax: Axes, names: Sequence[str]) -> None:
   ax.spines['left'].set_visible(False)
 
 
-def _name_ends(ax: Axes, lines: Sequence[Line]) -> None:
+def name_ends(ax: Axes, lines: Sequence[Line]) -> None:
   """Each curve's name beside its last point, moved apart where they would overlap, with a leader to the point."""
   if not lines:
     return

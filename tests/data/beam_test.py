@@ -60,6 +60,13 @@ def test_a_pipeline_writes_the_bytes_of_local_workers(root, tmp_path, caplog):
   assert not (tmp_path / 'store.partial').exists()
 
 
+def test_truncated_documents_with_anchors_are_those_of_local_workers(root, tmp_path):
+  prepare.anchor_tokenizer(root / 'tokenizer.json', tmp_path / 'tokenizer', max_length=50)
+  for make, name in ((beam.prepare, 'store'), (prepare.prepare, 'local')):
+    make(root / 'corpus', tmp_path / name, tmp_path / 'tokenizer', packing='truncate', **SETTINGS)
+  assert _bytes(tmp_path / 'store') == _bytes(tmp_path / 'local')
+
+
 def test_killed_in_the_middle_it_goes_on_and_ends_in_the_same_bytes(root, tmp_path):
   partial = tmp_path / 'store.partial'
   # One process, and so one file after the other: some are done when it is killed, and some are not.

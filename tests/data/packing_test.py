@@ -14,8 +14,8 @@ def _documents(rng, n, shortest=1, vocab_size=300):
   return [rng.integers(6, vocab_size, rng.integers(shortest, 40)).astype(np.int32) for _ in range(n)]
 
 
-def _pack(documents, length, bos_id=None, eos_id=0, vocab_size=300, at_once=5):
-  packer = packing.Packer(length=length, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
+def _pack(documents, length, bos_id=None, eos_id=0, vocab_size=300, at_once=5, packer=packing.Packer):
+  packer = packer(length=length, vocab_size=vocab_size, bos_id=bos_id, eos_id=eos_id)
   parts = [packer.add(documents[i:i + at_once]) for i in range(0, len(documents), at_once)]
   return np.concatenate([*parts, packer.finish()])
 
@@ -79,7 +79,29 @@ def test_the_last_record_holds_what_is_left(tokens, records, valid):
 
 
 def test_no_documents_make_no_records():
-  assert len(_pack([], 8)) == 0
+  assert len(_pack([], 8)) == len(_pack([], 8, packer=packing.Truncator)) == 0
+
+
+@pytest.mark.parametrize('length,bos_id,eos_id', SHAPES)
+def test_a_truncated_document_is_one_record_of_its_first_tokens(length, bos_id, eos_id):
+  documents = _documents(np.random.default_rng(length), 50)
+  packed = _pack(documents, length, bos_id, eos_id, packer=packing.Truncator)
+  batch = packing.unpack(packed)
+  assert len(packed) == 50
+  for row, document in enumerate(documents):
+    kept = [i for _, _, i in _stream([document], bos_id, eos_id)][:length + 1]
+    n = min(len(kept), length)
+    assert packed['valid'][row] == len(kept)
+    want = {'tokens_BxL': kept[:n], 'targets_BxL': kept[1:], 'segment_BxL': [1] * n, 'position_BxL': list(range(n)),
+            'loss_mask_BxL': [1.0] * (len(kept) - 1)}
+    for key, values in want.items():
+      assert batch[key][row].tolist() == values + [0] * (length - len(values)), key
+
+
+def test_truncated_records_do_not_depend_on_how_documents_arrive():
+  documents = _documents(np.random.default_rng(0), 60)
+  whole = _pack(documents, 16, at_once=60, packer=packing.Truncator)
+  assert whole.tobytes() == _pack(documents, 16, at_once=7, packer=packing.Truncator).tobytes()
 
 
 @pytest.mark.parametrize('vocab_size,name', [(65536, 'uint16'), (65537, 'uint32')])
@@ -98,11 +120,16 @@ def test_a_batch_has_the_types_the_model_expects():
   assert all(array.flags.c_contiguous and array.flags.writeable for array in batch.values())
 
 
-def test_an_id_outside_the_vocabulary_is_refused():
+PACKERS = pytest.mark.parametrize('packer', [packing.Packer, packing.Truncator])
+
+
+@PACKERS
+def test_an_id_outside_the_vocabulary_is_refused(packer):
   with pytest.raises(ValueError, match='300 are outside the vocabulary of 300'):
-    _pack([np.array([1, 300], np.int32)], 8)
+    _pack([np.array([1, 2, 300], np.int32)], 1, packer=packer)
 
 
-def test_a_document_without_tokens_is_refused():
+@PACKERS
+def test_a_document_without_tokens_is_refused(packer):
   with pytest.raises(ValueError, match='document 1 of this call has no tokens'):
-    _pack([np.array([1], np.int32), np.array([], np.int32)], 8, eos_id=None)
+    _pack([np.array([1], np.int32), np.array([], np.int32)], 8, eos_id=None, packer=packer)

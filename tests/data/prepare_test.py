@@ -13,6 +13,7 @@ import sys
 import time
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -307,3 +308,68 @@ def test_the_command_line_trains_a_tokenizer(root, tmp_path, capsys):
 def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path):
   with pytest.raises(SystemExit, match=r'^datasel.prepare: corpus .* is not a folder'):
     prepare.main(['--corpus', str(tmp_path / 'nothing'), '--store', str(tmp_path / 's'), '--tokenizer', 'x.json'])
+
+
+@pytest.fixture(scope='module')
+def truncated(root):
+  return prepare.prepare(root / 'corpus', root / 'truncated', root / 'tokenizer.json', packing='truncate', workers=2,
+                         **SETTINGS)
+
+
+def test_a_truncated_store_holds_the_beginning_of_every_document(root, truncated):
+  encoder = tokenizer.load(root / 'tokenizer.json')
+  rows = {row['id']: row['text'] for row in DOMAINS['pydocs']}
+  want = sorted(encoder.encode_batch([text])[0][:SETTINGS['length'] + 1].tolist() for text in rows.values())
+  got, m = [], truncated.domains.index('pydocs')
+  for split in ('train', 'validation'):
+    n = np.arange(truncated.sizes(split)[m])
+    batch = truncated.read(split, np.full_like(n, m), n)
+    assert batch['segment_BxL'].max() == 1
+    for tokens, targets, on in zip(batch['tokens_BxL'], batch['targets_BxL'], batch['loss_mask_BxL'] > 0):
+      got.append([tokens[0], *targets[on]])
+      assert got[-1][:-1] == tokens[on].tolist()
+  ended = [ids[:-1] if ids[-1] == encoder.eos_id else ids for ids in got]
+  assert sorted(map(list, ended)) == want
+  assert [ids[-1] == encoder.eos_id for ids in got] == [len(ids) <= SETTINGS['length'] for ids in ended]
+
+
+def test_what_is_cut_off_is_counted(root, truncated):
+  """What is kept and what is cut off is what a store that leaves nothing out has."""
+  whole = stores.Store(root / 'store')
+  for split in ('train', 'validation'):
+    sizes = truncated.sizes(split)
+    for m, domain in enumerate(truncated.domains):
+      a, b = truncated.counts(split)[domain], whole.counts(split)[domain]
+      assert (a['documents'], a['dropped'], a['sequences']) == (b['documents'], b['dropped'], b['documents'])
+      assert a['tokens'] + a['cut']['tokens'] == b['tokens'] and a['bytes'] + a['cut']['bytes'] == b['bytes']
+      batch = truncated.read(split, np.full(sizes[m], m), np.arange(sizes[m]))
+      assert a['targets'] == batch['loss_mask_BxL'].sum() == a['tokens'] - a['documents']
+      assert 0 < a['cut']['documents'] <= ((batch['segment_BxL'] > 0).all(axis=1)).sum()
+  line = next(line for line in prepare.summary(truncated).splitlines() if line.split()[:2] == ['total', 'validation'])
+  cut = [counts['cut'] for counts in truncated.counts('validation').values()]
+  assert line.endswith(f'{sum(c["documents"] for c in cut):,} documents, by {sum(c["tokens"] for c in cut):,} tokens, '
+                       f'{sum(c["bytes"] for c in cut) / 1e6:,.2f} MB')
+  assert 'cut off' not in prepare.summary(whole) and 'cut' not in whole.counts('train')['json']
+
+
+def test_the_bytes_of_a_truncated_store_are_those_of_the_text_in_it(root, truncated):
+  encoder = tokenizer.load(root / 'tokenizer.json')
+  for m, domain in enumerate(truncated.domains):
+    n = np.arange(truncated.sizes('validation')[m])
+    batch, counts = truncated.read('validation', np.full_like(n, m), n), truncated.counts('validation')[domain]
+    texts = [encoder.decode([tokens[0], *targets[on]]).removesuffix(tokenizer.END) for tokens, targets, on in
+             zip(batch['tokens_BxL'], batch['targets_BxL'], batch['loss_mask_BxL'] > 0)]
+    # A character that is cut in two is decoded as one of three bytes.
+    assert abs(sum(len(text.encode()) for text in texts) - counts['bytes']) <= 2 * counts['cut']['documents']
+
+
+def test_a_truncated_store_has_the_same_bytes_from_any_number_of_workers(root, truncated, tmp_path):
+  prepare.prepare(root / 'corpus', tmp_path / 'store', root / 'tokenizer.json', packing='truncate', **SETTINGS)
+  assert _bytes(tmp_path / 'store') == _bytes(truncated.path)
+
+
+def test_a_store_of_another_packing_is_refused(root, truncated):
+  with pytest.raises(ValueError, match='packing is truncate-right-1, want concatenate-overlap-1; give another --store'):
+    prepare.prepare(root / 'corpus', truncated.path, root / 'tokenizer.json', **SETTINGS)
+  with pytest.raises(ValueError, match=r"packing is 'cut', want one of \['concatenate', 'truncate'\]"):
+    prepare.prepare(root / 'corpus', root / 'other', root / 'tokenizer.json', packing='cut', **SETTINGS)

@@ -1,0 +1,30 @@
+r"""AnLLM on a laptop: SmolLM2-135M goes on with and without anchors, and answers with most of its cache gone (Pang et
+al. 2024).
+
+Expects:   nothing: it fetches its text, its model and its questions.
+Command:   python -m datasel.main --config=configs/anllm/demo.py --workdir=runs/anllm-demo
+Hardware:  2 CPU cores, 8 GB of memory.
+Outcome:   to be measured.
+"""
+
+from datasel import config as config_lib
+
+
+def get_config(arg: str = ''):
+  config = config_lib.base('anllm')
+  config.data.demo, config.data.tokenizer = 'lean', 'demo:smollm2'
+  config.data.length = 512
+
+  config.model = config_lib.model('smollm2_135m')
+  config.model.dtype = 'float32'
+  config.train.steps, config.train.batch_size = 24, 4
+  config.train.log_every, config.train.checkpoint_every = 1, 8
+  config.train.eval_every, config.train.eval_sequences = 0, 2
+  config.optimizer.peak_lr, config.optimizer.end_lr = 2e-4, 2e-5
+  config.optimizer.weight_decay, config.optimizer.warmup_fraction = 0.0, 0.1
+
+  config.anllm = config_lib.anllm()
+  config.anllm.arms, config.anllm.init_from = 'full,ep,ac', 'demo:smollm2'
+  config.anllm.contexts, config.anllm.context_sequences = '64,128,256,512', 16
+  config.anllm.sets, config.anllm.shots, config.anllm.questions = 'socialiqa,quartz', '0,1,5', 100
+  return config_lib.finish(config, arg)

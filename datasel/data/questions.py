@@ -19,6 +19,7 @@ from datasel import workdir
 from datasel.data import demo_archives, shards
 
 _log = logging.getLogger(__name__)
+SHOTS = 20  # one in so many questions is kept for demonstrations and never asked
 _FORMAT = 1  # raise it when a parser changes: the cached files are made anew
 _HELD_OUT = 0.05  # GSM8K problems that the demo corpus keeps for validation: those, and only those, are asked
 

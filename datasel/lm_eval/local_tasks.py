@@ -8,8 +8,6 @@ from lm_eval.api.task import ConfigurableTask
 
 from datasel.data import demo_archives, questions
 
-_SHOTS = 20  # one in so many questions is kept for few-shot prompts and never asked
-
 
 class LocalTask(ConfigurableTask):
   """A task whose documents are `questions.load(metadata['set'])`: split 'test', and 'shots' for few-shot prompts."""
@@ -23,7 +21,7 @@ class LocalTask(ConfigurableTask):
       found, self.dropped = questions.load(name)
     except demo_archives.Unavailable as e:
       raise ValueError(f'task {self.config.task}: its data cannot be had: {e}') from e
-    asked = [r['held_out'] if name == 'gsm8k' else n % _SHOTS > 0 for n, r in enumerate(found)]
+    asked = [r['held_out'] if name == 'gsm8k' else n % questions.SHOTS > 0 for n, r in enumerate(found)]
     self.dataset = {
       'test': datasets.Dataset.from_list([r for r, is_asked in zip(found, asked) if is_asked]),
       'shots': datasets.Dataset.from_list([r for r, is_asked in zip(found, asked) if not is_asked])}

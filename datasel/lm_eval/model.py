@@ -3,7 +3,7 @@
 It answers as the harness's own `hf` model does for causal models: the same tokens (transformers' fast tokenizer, its
 beginning-of-sequence token, the split of context and continuation, truncation on the left), scored in JAX on all
 devices.  A model with anchors generates with its anchor cache; its log-likelihoods are those of its mask, which are the
-same numbers.
+same numbers.  Where anchors are a token of their own, it stands between the sentences of what is asked.
 """
 
 import dataclasses
@@ -64,6 +64,7 @@ class DataselLM(TemplateLM):
     self.model = found.model if dtype is None else dataclasses.replace(found.model, dtype=dtype)
     self._params = found.params(mesh=self._mesh, dtype=dtype or 'float32')
     self.tokenizer = _tokenizer(found.tokenizer_folder, pretrained, add_bos_token)
+    self._anchored = found.tokenizer()  # transformers knows an anchor's token, but puts none between sentences
     self._add_bos_token, self._custom_prefix = add_bos_token, prefix_token_id
     self.max_length = found.max_length if max_length is None else max_length
     if not isinstance(self.max_length, int) or self.max_length < 2:
@@ -117,7 +118,16 @@ class DataselLM(TemplateLM):
   def _encode(self, string: str, add_special_tokens: bool | None) -> tuple[int, ...]:
     """add_special_tokens None: what the tokenizer itself does."""
     given = {} if add_special_tokens is None else {'add_special_tokens': add_special_tokens}
-    return tuple(self.tokenizer.encode(string, **given))
+    ids, anchored = self.tokenizer.encode(string, **given), self._anchored
+    if anchored.anchor_id is None:
+      return tuple(ids)
+    [plain], [own] = (one.encode_batch([string]) for one in (anchored.plain, anchored))
+    lead = len(ids) - len(plain)
+    if ids[lead:] != plain.tolist():
+      raise ValueError(f'{self._name}: transformers reads {string[:80]!r} otherwise than the tokenizer with anchors; '
+                       'give its tokenizer.json in --model_args: tokenizer=FOLDER')
+    # The last sentence goes on in what is asked.
+    return (*ids[:lead], *(own[:-1] if len(own) and own[-1] == anchored.anchor_id else own).tolist())
 
   def get_model_info(self) -> dict[str, Any]:
     """What the results say of the model."""
@@ -212,7 +222,9 @@ class DataselLM(TemplateLM):
   def _generator(self) -> Generator:
     eos = () if self.eot_token_id is None else (self.eot_token_id,)
     detokenize = lambda tokens: self.tokenizer.decode(list(map(int, tokens)), skip_special_tokens=True)
-    kind = Generator if self.model.anchors is None else AnchorGenerator
+    kind = Generator
+    if self.model.anchors is not None:
+      kind = functools.partial(AnchorGenerator, anchor_id=self._anchored.anchor_id)
     return kind(self.model, self._params, mesh=self._mesh, batch_size=self._generated_rows, eos_ids=eos,
                 detokenize=detokenize, max_length=self.max_length)
 

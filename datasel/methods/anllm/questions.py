@@ -26,7 +26,6 @@ from datasel.methods.anllm.generate import AnchorGenerator, Prefix
 from datasel.models.mistral import Mistral
 
 _log = logging.getLogger(__name__)
-_SHOTS = 20  # one in so many questions is kept for demonstrations and never asked, as lm_eval/local_tasks.py has it
 _AT_ONCE = 32  # batches between two lines of the log
 
 
@@ -213,10 +212,10 @@ def _load(name_or_path: str | os.PathLike, shots: int) -> Questions:
       raise ValueError(f'the questions of {name} cannot be had: {e}') from e
   else:
     raise ValueError(f'unknown set of questions {name!r}; known: {", ".join(sorted(packaged.SETS))}, or a .jsonl file')
-  found = Questions(name, [r for n, r in enumerate(records) if n % _SHOTS], records[::_SHOTS], after)
+  found = Questions(name, [r for n, r in enumerate(records) if n % packaged.SHOTS], records[::packaged.SHOTS], after)
   if not found.asked or shots > len(found.demonstrations):
     raise ValueError(f'questions {name_or_path}: {len(found.asked)} to ask, and {len(found.demonstrations)} kept for '
-                     f'{shots} demonstrations before each (one in {_SHOTS} of all); want more questions or fewer '
+                     f'{shots} demonstrations before each (one in {packaged.SHOTS} of all); want more questions or fewer '
                      'demonstrations')
   return found
 

@@ -14,10 +14,11 @@ from datasel import config as config_lib
 from datasel import main, metrics, prepare, pretrained, workdir
 from datasel.data import tokenizer as tokenizers
 from datasel.data.store import Store
+from datasel.lm_eval.model import DataselLM
 from datasel.methods.anllm import arms, contexts
 from datasel.models.mistral import Mistral
 
-pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning', 'ignore::UserWarning')
 
 CONFIG = '''
 from datasel import config as config_lib
@@ -135,6 +136,17 @@ def test_questions_are_asked_of_every_arm_and_cache(folder):
   assert {row['arm'] for row in found['speed']} == {'ep', 'ac', 'fixed-sees-bos'}
   summary = workdir.read_json(folder / 'run/summary.json')['arms']
   assert summary['fixed-sees-bos']['cache_saved'] == found['cache']['fixed-sees-bos']['prefix'] > 0.5
+
+
+def test_the_harness_asks_with_anchors_between_sentences(folder):
+  text = 'One sentence. Another one.\n\nQuestion: what?'
+  for arm in ('ac', 'ep'):
+    asked = DataselLM(pretrained=str(folder / f'run/main-{arm}'))
+    [ids] = pretrained.find(folder / f'run/main-{arm}').tokenizer().encode_batch([text])
+    assert asked.tok_encode(text) == ids.tolist()
+    assert (small_run.VOCAB in asked.tok_encode(text)) == (arm == 'ac')
+    context, continuation = asked._encode_pair(text, ' this one')
+    assert context == asked.tok_encode(text) and small_run.VOCAB not in continuation
 
 
 def test_killed_between_two_arms_it_ends_with_the_same_numbers(folder, monkeypatch):

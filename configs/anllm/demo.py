@@ -25,7 +25,7 @@ def get_config(arg: str = ''):
 
   config.anllm = config_lib.anllm()
   config.anllm.arms, config.anllm.init_from = 'full,ep,ac', 'demo:smollm2'
-  config.anllm.contexts, config.anllm.context_sequences = '64,128,256,512', 16
+  config.anllm.contexts, config.anllm.context_sequences = '64,128,256,512', 2
   config.anllm.sets, config.anllm.shots, config.anllm.questions = 'socialiqa,quartz', '0,1,5', 50
   config.anllm.timed = 4
   return config_lib.finish(config, arg)

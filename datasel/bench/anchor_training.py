@@ -32,13 +32,13 @@ def run(*, preset: str = '', length: int = 8192, batch_size: int = 0, every: int
   """Median seconds per step.  preset, batch_size and repeats have defaults by device; every: tokens of a segment, on
   average; min_length: at least; --no-dense where L x L scores do not fit."""
   on_cpu = jax.default_backend() == 'cpu'
-  preset = preset or ('laptop_small' if on_cpu else 'pds_160m')
+  preset = preset or ('smoke' if on_cpu else 'pds_160m')
   if preset not in PRESETS:
     raise ValueError(f'unknown preset {preset!r}; known: {", ".join(PRESETS)}')
   if not 1 <= min_length <= every or length < 1:
     raise ValueError(f'segments of {every} tokens on average and at least {min_length}, rows of {length}; want 1 <= '
                      'min_length <= every, and a length of at least 1')
-  batch_size, repeats = batch_size or (1 if on_cpu else 4), repeats or (2 if on_cpu else 5)
+  batch_size, repeats = batch_size or (1 if on_cpu else 4), repeats or (1 if on_cpu else 5)
   causal = dataclasses.replace(PRESETS[preset], remat='attention')
   if on_cpu:  # which has no fast bfloat16
     causal = dataclasses.replace(causal, dtype='float32')

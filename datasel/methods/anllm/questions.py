@@ -215,8 +215,8 @@ def _load(name_or_path: str | os.PathLike, shots: int) -> Questions:
   found = Questions(name, [r for n, r in enumerate(records) if n % packaged.SHOTS], records[::packaged.SHOTS], after)
   if not found.asked or shots > len(found.demonstrations):
     raise ValueError(f'questions {name_or_path}: {len(found.asked)} to ask, and {len(found.demonstrations)} kept for '
-                     f'{shots} demonstrations before each (one in {packaged.SHOTS} of all); want more questions or fewer '
-                     'demonstrations')
+                     f'{shots} demonstrations before each (one in {packaged.SHOTS} of all); want more questions or '
+                     'fewer demonstrations')
   return found
 
 

@@ -246,14 +246,14 @@ def anllm() -> ml_collections.ConfigDict:
   section.arms = 'full,ep'  # what is trained: of full, ep, ac, fixed; with -sees, -bos for a mask's switches
   section.init_from = ''  # a trained model that all of them start from, as datasel.load reads; '': fresh parameters
   section.mixture = 'tokens'  # 'tokens', 'examples', 'uniform', or a mixture file
-  section.symbols = '.'  # of 'ep': its characters are anchors
+  section.symbols = '.'  # of 'ep': each of these characters is an anchor
   section.anchored_store = ''  # of 'ac': the text with an anchor token between sentences; '': of a demo, made here
   section.anchor_row = 'mean'  # first value of that token's row: 'mean' of the others; 'copy_period' as the code has it
-  section.min_length = 1  # tokens of a segment at least, and
+  section.min_length = 1  # of 'ep' and 'ac': tokens of a segment at least, and
   section.max_length = 0  # at most; 0: however many
   section.fixed_length = 32  # of 'fixed'
   section.contexts = '256,512,1024,2048,4096'  # tokens of a window for perplexity, those that the store's rows have
-  section.context_sequences = 64  # held-out sequences that are read for it
+  section.context_sequences = 64  # held-out sequences of each domain that are read for it; 0: all
   section.sets = ''  # of questions: 'socialiqa,quartz', or files of {question, choices, gold} a line; '': none
   section.shots = '0,5'  # demonstrations before a question
   section.questions = 200  # of each set
@@ -275,7 +275,7 @@ def anllm_7b(arm: str) -> ml_collections.ConfigDict:
   config.anllm = anllm()
   config.anllm.arms = arm
   config.anllm.sets = 'socialiqa,quartz,mmlu,logiqa'
-  config.anllm.questions = 1000
+  config.anllm.questions, config.anllm.question_batch = 1000, 32
   return config
 
 
@@ -419,8 +419,8 @@ def check(config: ml_collections.ConfigDict, *, needs_data: bool = True) -> None
     least |= {f'prox.{key}': 1 for key in ('documents', 'steps', 'batch_size', 'microbatches', 'refine_batch')}
   if 'anllm' in config:
     least |= {f'anllm.{key}': 1 for key in (
-      'min_length', 'fixed_length', 'context_sequences', 'questions', 'question_batch', 'timed')}
-    least |= {'anllm.max_length': 0}
+      'min_length', 'fixed_length', 'questions', 'question_batch', 'timed')}
+    least |= {'anllm.max_length': 0, 'anllm.context_sequences': 0}
   for path, smallest in least.items():
     if flat[path] < smallest:
       raise ValueError(f'config.{path} is {flat[path]}; want at least {smallest}')

@@ -35,7 +35,8 @@ from datasel import command_line, workdir
 _MAY_CHANGE = ('profile_steps', 'tracking.', 'data.prefetch', 'data.verify', 'data.store', 'data.selection',
                'train.keep_checkpoints', 'mesh.', 'sharding.', 'train.microbatches', 'doremi.microbatches',
                'pds.train_microbatches', 'pds.microbatches', 'pds.score_batch', 'pds.scorer.microbatches',
-               'prox.microbatches', 'prox.document.microbatches', 'prox.chunk.microbatches')
+               'prox.microbatches', 'prox.document.microbatches', 'prox.chunk.microbatches',
+               'anllm.question_batch')
 _SHARED_SECONDS = 30  # until a file of one host is seen by another on any shared disk
 _REFUSED = 2
 _INTERRUPTED = 128 + 15  # the exit status that schedulers know as SIGTERM

@@ -14,6 +14,7 @@ import pathlib
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,21 @@ _WEIGHTS = (('doremi', 'baseline'), ('pretrain', 'mixture'))  # where a config n
 _GIB = 2**30
 
 
+class PlannedTokenizer:
+  """In place of its tokenizer: each character is a token, and behind them all may be an anchor."""
+
+  digest, bos_id, eos_id = '', None, None
+
+  def __init__(self, vocab_size: int, anchored: bool):
+    from datasel.data.anchors import Rule
+    self.vocab_size = vocab_size + anchored
+    self.anchor_id = vocab_size if anchored else None
+    self.anchors = Rule((vocab_size,)) if anchored else None
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    return [np.array([ord(c) % self.vocab_size for c in text], np.int32) for text in texts]
+
+
 @dataclasses.dataclass(frozen=True)
 class PlannedStore:
   """In place of a token store that is elsewhere, or not made yet: what the stages of a run ask of one to be planned."""
@@ -37,6 +53,7 @@ class PlannedStore:
   path: str = 'the planned store'
   digest: str = ''
   tokenizer: dict = dataclasses.field(default_factory=lambda: {'name': 'planned', 'digest': ''})
+  encoder: Callable[[], PlannedTokenizer] | None = None
 
   def sizes(self, split: str) -> np.ndarray:
     """int64 [M]: sequences of each domain, as many as any run reads."""
@@ -130,8 +147,11 @@ def examine(config: Any, topology: str, *, domains: int = 0) -> dict:
 
 
 def _with_weights(config: Any) -> Any:
-  """The config with uniform weights where it names a mixture file of another machine: no program depends on them."""
+  """The config with uniform weights where it names a mixture file of another machine, and with no model to start
+  from: no program depends on them."""
   config = config.copy_and_resolve_references()
+  if 'anllm' in config:
+    config.anllm.init_from = config.anllm.sets = ''  # no shape depends on them
   for section, key in _WEIGHTS:
     path = pathlib.Path(config[section][key]) if section in config else pathlib.Path()
     if path.is_absolute() and not path.is_file():
@@ -156,8 +176,9 @@ def _store(config: Any, n_domains: int) -> Any:
     raise ValueError(f'--domains={n_domains}, but the config names {len(named)}: {", ".join(sorted(named))}')
   if not named and not n_domains and 'doremi' in config:
     logging.info('the config names no domains: assuming %d; say --domains=N (a few bytes each)', _ASSUMED_DOMAINS)
+  anchored = 'anllm' in config and config.anllm.arms == 'ac'
   return PlannedStore(tuple(sorted(named)) or tuple(f'domain-{i}' for i in range(n_domains or _ASSUMED_DOMAINS)),
-                      config.data.length)
+                      config.data.length, encoder=lambda: PlannedTokenizer(config.model.vocab_size, anchored))
 
 
 def table(answer: dict) -> str:

@@ -14,7 +14,7 @@ from torch.utils import flop_counter
 
 from datasel.attention.shapes import CASES
 from datasel.bench import __main__ as bench
-from datasel.bench import attention, data, generate, pds, prox, regmix, step
+from datasel.bench import anchor_decoding, attention, data, generate, pds, prox, regmix, step
 from datasel.data import mixture, sampler
 
 SMALL = dict(length=64, batch_size=4, batches=3, repeats=2, domains=10, max_bytes_per_domain=20_000)
@@ -129,6 +129,21 @@ def test_decoding_figures_follow_from_the_times():
     np.testing.assert_allclose(got, [10 / row['seconds'], limit / row['seconds']])
   with pytest.raises(ValueError, match="unknown preset 'pds'"):
     generate.run(preset='pds')
+
+
+def test_a_cache_of_anchors_is_compared_at_one_batch_and_in_the_same_memory():
+  result = anchor_decoding.run(preset='smoke', batch_size=2, prefix=256, segment=16, steps=4, repeats=1)
+  rows, text = result['rows'], anchor_decoding.table(result)
+  full, same, more = rows['full cache'], rows['anchor cache'], rows['anchor cache, same memory']
+  assert full['batch_size'] == same['batch_size'] == 2 < more['batch_size']
+  per_row = same['allocated_bytes'] / 2
+  assert full['allocated_bytes'] - per_row < more['allocated_bytes'] <= full['allocated_bytes']
+  model = anchor_decoding.PRESETS['smoke']
+  assert full['allocated_bytes'] == 2 * 260 * 4 * 2 * model.n_layers * model.n_kv_heads * model.head_dim
+  for row in rows.values():
+    assert row['tokens_per_second'] == row['batch_size'] / row['seconds']
+    assert row['ratio_to_full'] == pytest.approx(row['tokens_per_second'] / full['tokens_per_second'])
+    assert f'{1e3 * row["seconds"]:12.1f}{row["tokens_per_second"]:12,.1f}' in text
 
 
 TINY_PDS = dict(preset='smoke', length=16, steps=4, batch_size=4, proxies=8, dev=8, stride=2)

@@ -17,6 +17,7 @@ import pytest
 
 from datasel import absent, build, command_line, forecast, hardware, hlo_costs, sharding, topology, workdir
 from datasel.data import mixture
+from datasel.methods.anllm import run as anllm
 from datasel.methods.doremi import run as doremi
 from datasel.models.presets import PRESETS
 
@@ -187,6 +188,15 @@ def test_stages_are_planned_without_a_store():
   assert len({stage.program_key for stage in stages.values()}) == 4
   with pytest.raises(ValueError, match='--domains=7, but the config names 22'):
     topology._store(config, 7)
+
+
+@pytest.mark.parametrize(('name', 'vocabulary'), [('llama2_7b_ep', 32_000), ('llama2_7b_ac', 32_001)])
+def test_anchors_are_planned_without_a_store_and_without_the_model_that_goes_on(name, vocabulary):
+  config = topology._with_weights(load(f'anllm/{name}.py'))
+  [stage] = anllm.stages(config, topology._store(config, 0))
+  assert stage.model.vocab_size == vocabulary and len(stage.model.anchors.anchor_ids) == 1
+  answer = topology.examine(load(f'anllm/{name}.py:smoke'), 'v5e:2x2')
+  assert answer['fits'] and answer['programs'][0]['stages'] == [stage.name]
 
 
 def test_domains_are_counted_or_assumed_where_no_one_names_them(tmp_path):

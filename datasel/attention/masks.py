@@ -21,6 +21,10 @@ class Anchors:
   segments: Segments
   size: int = dataclasses.field(metadata={'static': True})
 
+  def __post_init__(self):
+    if self.size < 1:
+      raise ValueError(f'attention mask: room for {self.size} kept tokens; want at least 1')
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -275,7 +275,7 @@ class Selected:
     self.digest = workdir.digest({'store': store.digest, 'selection': selection.digest})
     self.whole: Store = store.whole
     self.path, self.domains, self.length = store.path, store.domains, store.length
-    self.tokenizer, self.vocab_size = store.tokenizer, store.vocab_size
+    self.tokenizer, self.vocab_size, self.encoder = store.tokenizer, store.vocab_size, store.encoder
     kept = [selection.records[name] for name in store.domains]
     if isinstance(store, Selected):
       kept = [before[numbers] for before, numbers in zip(store._records, kept)]

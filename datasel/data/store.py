@@ -15,6 +15,7 @@ from array_record.python import array_record_module
 
 from datasel import workdir
 from datasel.data import corpus, packing, shards
+from datasel.data import tokenizer as tokenizers
 
 MANIFEST = 'manifest.json'
 _OPEN_SHARDS = 512  # at most, well below the usual limit of 1024 open files
@@ -53,6 +54,10 @@ class Store:
   def whole(self) -> 'Store':
     """Itself: what is seen through a selection (`selection.Selected`) has another."""
     return self
+
+  def encoder(self) -> tokenizers.Tokenizer:
+    """The tokenizer of its text, which it holds."""
+    return tokenizers.load(self.path)
 
   def sizes(self, split: str) -> np.ndarray:
     """int64 [M]: the number of records of each domain, in the order of `domains`."""

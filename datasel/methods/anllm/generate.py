@@ -88,6 +88,9 @@ class AnchorGenerator(Generator):
     """
     rows = 1 if self._mesh is None else sharding.batch_shards(self._mesh, self._rules)
     tokens = self._check_tokens('prefix', tokens)
+    if self.max_length is not None and len(tokens) + 2 > self.max_length:
+      raise ValueError(f'prefix has {len(tokens)} tokens, and a prompt and what follows it need 2 more: more than '
+                       f'max_length {self.max_length}; cut the prefix')
     given = None if protected is None else [self._check_protected('prefix', tokens, protected)] * rows
     last_Sx1xD, cache, slots = self._read_rows([tokens] * rows, given, [0] * rows, rows, self._program())
     counts = Counts(*(count_B[:1] for count_B in slots.counts))
@@ -105,6 +108,8 @@ class AnchorGenerator(Generator):
     prompts = list(prompts)
     if protected is not None and len(protected) != len(prompts):
       raise ValueError(f'{len(prompts)} prompts and protected tokens of {len(protected)}; want them for each prompt')
+    for n, prompt in enumerate(prompts if protected is not None else ()):
+      self._check_protected(f'prompt {n}', np.asarray(prompt), protected[n])
     return Generator.__call__(self._after(prefix, protected), prompts, **settings)
 
   def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], *,
@@ -189,9 +194,12 @@ class _Slots:
   def room(self, more_B: np.ndarray) -> Room:
     """The room for what was fed and for so many tokens more, whatever they are; in no part less than there is."""
     rule, counts, now = self._decoder.rule, self.counts, self.length
-    soonest_B = np.maximum(rule.min_length - counts.open_B, 1)  # how many tokens close a segment at the earliest
-    closed_B = np.where(more_B < soonest_B, 0, 1 + (more_B - soonest_B) // rule.min_length)
-    anchors_B = counts.anchors_B + (closed_B if rule.anchor_ids or rule.max_length else 0)
+    least = rule.min_length if rule.anchor_ids else rule.max_length  # tokens of a segment that closes; None: none does
+    if least is None:
+      anchors_B = counts.anchors_B
+    else:
+      soonest_B = np.maximum(least - counts.open_B, 1)
+      anchors_B = counts.anchors_B + np.where(more_B < soonest_B, 0, 1 + (more_B - soonest_B) // least)
     most = [n for n in (self._max_length, rule.max_length and rule.max_length - 1) if n is not None]
     window = min([max(self._widest, int((counts.window_B + more_B).max())), *most])
     fit = lambda size, need, least, most: size if need <= size else min([_bucket(need, least), *most])

@@ -26,7 +26,7 @@ from datasel import config as config_lib
 from datasel.data import demo
 from datasel.data import mixture as mixture_lib
 from datasel.data import tokenizer as tokenizers
-from datasel.data.store import Store
+from datasel.data.store import Store, read_manifest
 from datasel.data.tokenizer import Tokenizer
 from datasel.methods.anllm import arms, contexts, documents, questions, speed, usage, vocabulary
 from datasel.methods.anllm.anchors import ROWS
@@ -91,7 +91,7 @@ def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]
 
 
 def _check(config: ml_collections.ConfigDict, store: Store, found: list[Arm]) -> None:
-  section, anchored = config.anllm, tokenizers.load(store.path).anchor_id is not None
+  section, anchored = config.anllm, store.encoder().anchor_id is not None
   if config.train.init_from:
     raise ValueError('config.train.init_from: the arms of AnLLM start from config.anllm.init_from, a model as '
                      'datasel.load reads it; name it there')
@@ -104,24 +104,33 @@ def _check(config: ml_collections.ConfigDict, store: Store, found: list[Arm]) ->
   if anchored and kinds != {'ac'}:
     raise ValueError(f'{store.path} has anchor tokens in its text, which is for the arm ac alone, not for '
                      f'{section.arms}; name a store without, and this one as config.anllm.anchored_store')
-  if 'ac' in kinds and not anchored and not section.anchored_store and not config.data.demo:
+  if 'ep' in kinds and (not section.symbols or any(map(str.isspace, section.symbols))):
+    raise ValueError(f"config.anllm.symbols is {section.symbols!r}; want the characters that close a segment of the arm "
+                     "ep, such as '.' or '.?!', with nothing between them")
+  if 'ac' in kinds and not anchored and config.data.selection:
+    raise ValueError('config.data.selection is of the records of another store than the arm ac reads: it would be '
+                     'trained on other text than the others; train it alone, from a store with anchor tokens, or '
+                     'without a selection')
+  if 'ac' in kinds and not anchored and not section.anchored_store and (config.data.store or not config.data.demo):
     raise ValueError('the arm ac reads text with an anchor token between sentences: name its store, '
                      '--config.anllm.anchored_store=DIR, made by `python -m datasel.prepare` of the same corpus with a '
                      'tokenizer of `python -m datasel.prepare anchor-tokenizer`')
   build.mixture(section.mixture, store, {}, 'anllm.mixture')
   _contexts(config)
   questions.load(_names(section.sets), _numbers(config, 'shots'))
-  shards = sharding.batch_shards(build.mesh(config.mesh), build.rules(config)) if jax.process_count() == 1 else 1
+  shards = sharding.batch_shards(build.mesh(config.mesh), build.rules(config))
   if section.question_batch % shards:
     raise ValueError(f'config.anllm.question_batch is {section.question_batch}; want a multiple of the {shards} parts '
                      'that the mesh splits a batch into')
   if section.init_from:
     source = pretrained.find(section.init_from)
-    base, theirs = config_lib.to_model(config.model), source.model
-    if jax.tree.map(lambda a: a.shape, base.abstract()) != jax.tree.map(lambda a: a.shape, theirs.abstract()):
+    shape = lambda model: jax.tree.map(lambda a: a.shape, model.abstract())
+    if shape(config_lib.to_model(config.model)) != shape(source.model):
       raise ValueError(f'config.anllm.init_from {section.init_from} has another shape than config.model: '
-                       f'{dataclasses.asdict(theirs)}; want config.model to be its')
-    if source.tokenizer().digest != tokenizers.load(store.path).plain.digest:
+                       f'{dataclasses.asdict(source.model)}; want config.model to be its')
+    theirs, ours = source.tokenizer(), store.encoder()
+    # An anchored store may be of a model that knows its anchors, or does not yet.
+    if theirs.digest not in (ours.digest, ours.plain.digest):
       raise ValueError(f'config.anllm.init_from {section.init_from} has another tokenizer than {store.path} was made '
                        "with; prepare the store with that model's")
 
@@ -152,22 +161,39 @@ def _model(config: ml_collections.ConfigDict, arm: Arm, tokenizer: Tokenizer) ->
 def _tokenizer(config: ml_collections.ConfigDict, store: Store, arm: Arm) -> Tokenizer:
   """Of the store that the arm reads, which need not be made yet."""
   section = config.anllm
-  plain = tokenizers.load(store.path)
-  if arm.kind != 'ac' or plain.anchor_id is not None:
+  plain = store.encoder()
+  if arm.kind != 'ac':
+    return plain
+  if plain.anchor_id is not None:
+    _check_lengths(section, plain)
     return plain
   if section.anchored_store:
     found = tokenizers.load(section.anchored_store)
     if found.anchor_id is None or found.plain.digest != plain.digest:
       raise ValueError(f'config.anllm.anchored_store {section.anchored_store} was made with {found.name}; want the '
                        f'tokenizer of {store.path} with an anchor, of `python -m datasel.prepare anchor-tokenizer`')
+    _check_lengths(section, found)
+    ours, theirs = read_manifest(store.path), read_manifest(pathlib.Path(section.anchored_store))
+    if differs := [key for key in ('length', 'packing', 'holdout', 'sources') if ours[key] != theirs[key]]:
+      raise ValueError(f'config.anllm.anchored_store {section.anchored_store} differs from {store.path} by its '
+                       f'{", ".join(differs)}; want it prepared of the same corpus with the same settings')
     return found
   return tokenizers.with_anchor(plain, min_length=section.min_length, max_length=section.max_length or None)
+
+
+def _check_lengths(section: ml_collections.ConfigDict, tokenizer: Tokenizer) -> None:
+  """Text that was prepared has its anchors by the tokenizer's rule."""
+  rule = tokenizer.anchors
+  if (section.min_length, section.max_length) not in ((1, 0), (rule.min_length, rule.max_length or 0)):
+    raise ValueError(f'config.anllm.min_length {section.min_length} and max_length {section.max_length}, but the text '
+                     f'of the arm ac was prepared with {rule.min_length} and {rule.max_length or 0}; prepare it with a '
+                     'tokenizer of those lengths, or leave the keys at 1 and 0')
 
 
 def _store(run: build.Run, arm: Arm) -> Store:
   """The store that the arm reads: the run's, or with anchor tokens in the text."""
   config, section = run.config, run.config.anllm
-  if arm.kind != 'ac' or tokenizers.load(run.store.path).anchor_id is not None:
+  if arm.kind != 'ac' or run.store.encoder().anchor_id is not None:
     return run.store
   path = pathlib.Path(section.anchored_store).absolute()
   if not section.anchored_store:
@@ -194,8 +220,8 @@ def _start(run: build.Run, arm: Arm, store: Store) -> str:
     if build.is_finished(folder):
       return
     source = pretrained.find(section.init_from)
-    if arm.kind == 'ac':
-      vocabulary.with_anchor_token(source, folder, how=section.anchor_row, tokenizer=tokenizers.load(store.path),
+    if arm.kind == 'ac' and source.tokenizer().anchor_id is None:
+      vocabulary.with_anchor_token(source, folder, how=section.anchor_row, tokenizer=store.encoder(),
                                    mesh=run.mesh, rules=build.rules(run.config))
     else:
       pretrained.save_stage(source, source.params(mesh=run.mesh, rules=build.rules(run.config)), folder)
@@ -209,7 +235,7 @@ def _evaluated(run: build.Run, arm: Arm, model: Mistral, params: Any, store: Sto
   config, section, path = run.config, run.config.anllm, run.directory / 'evaluation' / f'{arm.name}.json'
   if processes.together('looking for the evaluation', path.exists):
     return
-  rules, tokenizer = build.rules(config), tokenizers.load(store.path)
+  rules, tokenizer = build.rules(config), store.encoder()
   read = functools.partial(
     contexts.by_context, params=params, store=store, mesh=run.mesh, lengths=_contexts(config),
     sequences=section.context_sequences, batch_size=config.train.batch_size // config.train.microbatches,
@@ -232,7 +258,7 @@ def _collected(config: ml_collections.ConfigDict, directory: pathlib.Path, found
   """evaluation.json: what the arms came to, and what their anchors are in real documents."""
   models, readers = {}, {}
   for arm in found:
-    readers[arm.name] = tokenizers.load(stores[arm.name].path)
+    readers[arm.name] = stores[arm.name].encoder()
     models[arm.name] = _model(config, arm, readers[arm.name])
   parts = {arm.name: workdir.read_json(directory / 'evaluation' / f'{arm.name}.json') for arm in found}
   shown = documents.choose(stores[found[0].name], readers[found[0].name])

@@ -221,6 +221,8 @@ def test_what_cannot_be_done_is_refused(model, change, message):
 
 
 def test_a_prefix_that_does_not_fit_is_refused():
+  with pytest.raises(ValueError, match='prefix has 60 tokens.* more than max_length 48'):
+    generator(max_length=48).read(prompts([60])[0])
   ours, text = generator(max_length=48), prompts((40,))[0]
   prefix = ours.read(text)
   with pytest.raises(ValueError, match='prompt 0 has 44 tokens and 5 may follow: more than max_length 48'):

@@ -35,7 +35,7 @@ def get_config(arg=''):
     config.optimizer.peak_lr = 1e-2
     section = config.anllm
     section.arms, section.init_from = 'full,ac,ep-sees-bos', {base!r}
-    section.anchored_store, section.max_length = {anchored!r}, 6
+    section.anchored_store, section.max_length = {anchored!r}, 9
     section.contexts, section.sets, section.shots = '32', {questions!r}, '2'
     section.questions, section.timed = 9, 2
   return config.lock()
@@ -91,7 +91,7 @@ def test_arms_differ_by_what_they_see_and_all_start_from_one_model(folder):
   full, ac, ep = (stage(folder, arm).model for arm in ARMS)
   period = tokenizers.load(folder / 'store').encode_batch(['a.'])[0][-1]
   assert full.anchors is None and (ep.anchor_sees_anchors, ep.keep_bos, ac.keep_bos) == (True, True, False)
-  assert ep.anchors == Rule((period,), max_length=6) and ac.anchors == Rule((small_run.VOCAB,), max_length=9)
+  assert ep.anchors == Rule((period,), max_length=9) and ac.anchors == Rule((small_run.VOCAB,), max_length=9)
   assert ep.vocab_size == small_run.VOCAB == ac.vocab_size - 1
   base, own, grown = (pretrained.find(folder / name).params()['embed']['kernel']
                       for name in ('base', 'run/base', 'run/base-ac'))
@@ -161,7 +161,9 @@ def test_killed_between_two_arms_it_ends_with_the_same_numbers(folder, monkeypat
   ('anchored_store', '', 'name its store, --config.anllm.anchored_store'), ('anchor_row', 'zero', 'mean, copy_period'),
   ('contexts', '8,20', 'each a divisor of the longest'), ('contexts', '64', 'up to config.data.length 32'),
   ('shots', '0,many', 'want whole numbers'), ('sets', 'nothing', 'unknown set of questions'),
-  ('symbols', 'é', 'choose a symbol'), ('init_from', '/nowhere', 'nowhere'), ('max_length', '-1', 'at least 0'),
+  ('symbols', 'é', 'choose a symbol'), ('symbols', '', 'characters that close'), ('symbols', '. ', 'nothing between'),
+  ('max_length', '5', 'was prepared with 1 and 9'), ('question_batch', '6', 'a multiple of the 4 parts'),
+  ('init_from', '/nowhere', 'nowhere'), ('max_length', '-1', 'at least 0'),
 ])
 def test_what_cannot_be_run_is_refused_before_any_work(key, value, message, folder, tmp_path, capsys):
   assert command(folder, tmp_path / 'run', f'--config.anllm.{key}={value}') == 2
@@ -173,6 +175,12 @@ def test_an_anchored_store_is_for_the_arm_with_anchor_tokens_alone(folder, tmp_p
   assert 'for the arm ac alone' in capsys.readouterr().err
   assert command(folder, tmp_path / 'run', f'--config.anllm.anchored_store={folder / "store"}') == 2
   assert 'with an anchor' in capsys.readouterr().err
+  prepare.prepare(folder / 'corpus', tmp_path / 'short', folder / 'tokenizer-ac', length=16, holdout=0.3)
+  assert command(folder, tmp_path / 'run', f'--config.anllm.anchored_store={tmp_path / "short"}') == 2
+  assert 'by its length, holdout' in capsys.readouterr().err
+  mine = ('--config.data.demo=offline', '--config.anllm.anchored_store=')  # the demo is not its text
+  assert command(folder, tmp_path / 'run', *mine) == 2
+  assert 'name its store' in capsys.readouterr().err
 
 
 def test_names_of_arms():

@@ -105,8 +105,8 @@ def _check(config: ml_collections.ConfigDict, store: Store, found: list[Arm]) ->
     raise ValueError(f'{store.path} has anchor tokens in its text, which is for the arm ac alone, not for '
                      f'{section.arms}; name a store without, and this one as config.anllm.anchored_store')
   if 'ep' in kinds and (not section.symbols or any(map(str.isspace, section.symbols))):
-    raise ValueError(f"config.anllm.symbols is {section.symbols!r}; want the characters that close a segment of the arm "
-                     "ep, such as '.' or '.?!', with nothing between them")
+    raise ValueError(f"config.anllm.symbols is {section.symbols!r}; want the characters that close a segment of the "
+                     "arm ep, such as '.' or '.?!', with nothing between them")
   if 'ac' in kinds and not anchored and config.data.selection:
     raise ValueError('config.data.selection is of the records of another store than the arm ac reads: it would be '
                      'trained on other text than the others; train it alone, from a store with anchor tokens, or '

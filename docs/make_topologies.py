@@ -40,6 +40,7 @@ ROWS = [
   ('doremi/pile_280m', 'v5p:4x4x8', FSDP),
   ('doremi/pile_280m', 'h200:64', FSDP),
   ('doremi/pile_280m', 'v5e:16x16', FSDP),
+  ('anllm/llama2_7b_ep', 'v5p:4x4x2', FSDP),
 ]
 HEADER = '''# What fits where
 

@@ -18,6 +18,12 @@ def percent(part: float | None, digits: int = 1) -> str:
   return NONE if part is None else f'{100 * part:.{digits}f}%'
 
 
+def error(row: dict) -> float:
+  """One standard error of a row's accuracy; where all or none are right, half of Wilson's interval at one, for theirs
+  would be 0."""
+  return row['stderr'] if 0 < row['accuracy'] < 1 else 1 / (2 * (row['n'] + 1))
+
+
 def colors(arms: Iterable[str]) -> dict[str, str]:
   """The colour of each arm, the same in all figures of the same arms."""
   looks = plots.palette({arm for arm in arms if arm != FULL})
@@ -40,15 +46,16 @@ def _asked(name: str, rows: Sequence[dict], color: dict[str, str]) -> Html:
   for row in sorted(rows, key=lambda row: row['shots']):
     groups.setdefault((row['arm'], row['cache']), []).append(row)
   drawn = [Series([row['live'] for row in of], [100 * row['accuracy'] for row in of],
-                  [100 * row['stderr'] for row in of], _with(arm, cache), color[arm],
+                  [100 * error(row) for row in of], _with(arm, cache), color[arm],
                   hollow=cache == 'full' and arm != FULL) for (arm, cache), of in groups.items()]
   said = '; '.join(f'{one.label} {one.y[-1]:.1f}% from {one.x[-1]:,}' for one in drawn)
   chart = pictures.points(f'questions {name}', f'{plots.short(name, 40)}: accuracy by cache', drawn,
                           xlabel='cache entries of the demonstrations', ylabel='percent right',
                           level=100 * rows[0]['chance'])
   return figure(chart, alt=f'Percent right of {name} against cache entries, with most demonstrations: {said}',
-                caption='Bars: one standard error over the questions; points that would hide one another are set '
-                'apart. Rings: the same parameters with nothing masked or evicted. Dotted: chance.')
+                caption='Bars: one standard error over the questions, at 0% and 100% half of Wilson\'s interval; '
+                'points that would hide one another are set apart. Rings: the same parameters with nothing masked or '
+                'evicted. Dotted: chance.')
 
 
 def _answers(name: str, rows: Sequence[dict], timed: Sequence[dict]) -> Html:
@@ -56,11 +63,19 @@ def _answers(name: str, rows: Sequence[dict], timed: Sequence[dict]) -> Html:
              for cache, (_, key) in _CACHES.items()}
   cells = [[f'{_with(row["arm"], row["cache"])}, {row["shots"]}-shot', count(row['prefix_tokens']),
             count(row['live']), percent(1 - row['live'] / row['prefix_tokens'] if row['prefix_tokens'] else None),
-            percent(row['accuracy']), f'±{100 * row["stderr"]:.1f}', percent(row['accuracy_norm']), count(row['n']),
+            _size(row['allocated_bytes']), percent(row['accuracy']), f'±{100 * error(row):.1f}',
+            percent(row['accuracy_norm']), count(row['n']),
             number(seconds.get((row['arm'], row['shots'], row['cache'])), 4)] for row in rows]
-  return table(['arm, cache, demonstrations', 'tokens of these', 'cache entries', 'saved (C⇓)', 'right', 'error',
-                'right, per byte', 'questions', 'seconds a question'], cells,
-               caption=f'{name}: accuracy, cache and time, of the same run; chance is {percent(rows[0]["chance"])}')
+  found = table(['arm, cache, demonstrations', 'tokens of these', 'cache entries', 'saved (C⇓)', 'buffers', 'right',
+                 'error', 'right, per byte', 'questions', 'seconds a question'], cells,
+                caption=f'{name}: accuracy, cache and time, of the same run; buffers: bytes set aside for the '
+                        f'entries, slots in powers of two; chance is {percent(rows[0]["chance"])}')
+  kept = [f'{row["arm"]}, {row["shots"]}-shot' for row in rows
+          if row['cache'] == 'evicted' and row['live'] == row['prefix_tokens'] > 0]
+  if not kept:
+    return found
+  return Html(found + paragraph(f'These demonstrations have no anchor that empties the cache, so all of them is kept: '
+                                f'{"; ".join(kept)}.'))
 
 
 def _with(arm: str, cache: str) -> str:
@@ -70,13 +85,13 @@ def _with(arm: str, cache: str) -> str:
 def growth(documents: Sequence[dict], caches: dict[str, dict]) -> Html:
   """Entries alive over documents, and what is saved by each way of counting."""
   rows = [[arm, percent(one['prefix']), percent(one['peak_live']), percent(one['allocated']),
-           _mebibytes(one['allocated_bytes']), _mebibytes(one['full_bytes'])] for arm, one in caches.items()]
+           _size(one['allocated_bytes']), _size(one['full_bytes'])] for arm, one in caches.items()]
   parts = [panels(*map(_grown, documents))] if documents else []
   if rows:
     parts.append(table(
-      ['arm', 'after the text', 'at its fullest', 'bytes set aside', 'set aside', 'by a full cache'], rows,
-      caption='Part of a cache of all tokens that is saved (C⇓): entries once a text is read, entries when they are '
-              'most, and bytes that are set aside'))
+      ['arm', 'after the text', 'at its fullest', 'bytes of buffers', 'these', 'of a full cache'], rows,
+      caption='Part of a cache of all tokens that is saved (C⇓) over these documents: entries once a text is read, '
+              'entries when they are most, and bytes if buffers fitted exactly; their slots are powers of two'))
   return Html(''.join(parts))
 
 
@@ -114,12 +129,15 @@ def masks(documents: Sequence[dict], arms: dict[str, dict]) -> Html:
     'anchors in the row of an anchor, which does not see them unless its arm says so.') + panels(*drawn))
 
 
-def speed(rows: Sequence[dict]) -> Html:
-  """Seconds a question against no cache and against a full one: never one without the other."""
+def speed(rows: Sequence[dict], asked: Sequence[dict]) -> Html:
+  """Seconds a question against no cache and against a full one: never one without the other; buffers as in `asked`, the
+  rows of `questions`."""
   names = [f'{row["arm"]}, {row["set"]}, {row["shots"]}-shot' for row in rows]
   look = colors([row['arm'] for row in rows])
   of = lambda key: [row[key] for row in rows]
   ratio = lambda row, key: f'×{row[key] / row["anchor_cache"]:.2f}'
+  of_row = lambda row: (row['arm'], row['set'], row['shots'])
+  buffers = {(*of_row(row), row['cache']): row['allocated_bytes'] for row in asked}
 
   def against(key: str, what: str) -> Html:
     ratios = some([f'{name} {ratio(row, key)}' for name, row in zip(names, rows)], 8)
@@ -129,16 +147,21 @@ def speed(rows: Sequence[dict]) -> Html:
                   caption=f'In colour: the anchor cache. Grey: {what}.')
 
   cells = [[name, count(row['prefix_tokens']), *(number(row[key], 4) for key in (
-    'no_cache', 'full_cache', 'anchor_cache')), ratio(row, 'no_cache'), ratio(row, 'full_cache')]
+    'no_cache', 'full_cache', 'anchor_cache')), ratio(row, 'no_cache'), ratio(row, 'full_cache'),
+            *(_size(buffers.get((*of_row(row), cache), 0)) for cache in ('full', 'evicted'))]
            for name, row in zip(names, rows)]
   return Html(paragraph(
     'The same questions with the demonstrations read anew for each (no cache), with all of them kept, and with their '
     'anchors kept. The ratio against no cache is what caching is worth at all; what anchors add to it is the ratio '
     'against a full cache.') + panels(against('no_cache', 'no cache'), against('full_cache', 'a full cache'))
     + table(['arm, set, demonstrations', 'tokens of these', 'no cache, s', 'full cache, s', 'anchor cache, s',
-             'against no cache (T⇑)', 'against a full cache'], cells,
-            caption='Seconds a question, medians without compilation'))
+             'against no cache (T⇑)', 'against a full cache', 'buffers, full', 'buffers, anchors'], cells,
+            caption='Seconds a question, medians without compilation; beside them the bytes that are set aside for '
+                    'the demonstrations'))
 
 
-def _mebibytes(n: int) -> str:
-  return f'{n / 2**20:,.2f} MiB'
+def _size(n: int) -> str:
+  """Of buffers; none are of no bytes."""
+  if not n:
+    return NONE
+  return f'{n / 2**20:,.2f} MiB' if n >= 2**20 else f'{n / 2**10:,.1f} KiB'

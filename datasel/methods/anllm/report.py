@@ -7,7 +7,7 @@ from typing import Any
 
 from datasel import workdir
 from datasel.methods.anllm import cache_sections, pictures
-from datasel.methods.anllm.cache_sections import FULL, colors, percent
+from datasel.methods.anllm.cache_sections import FULL, colors, error, percent
 from datasel.report import lm_eval, plots, sections
 from datasel.report.html import Html, element, figure, page, panels, paragraph, table, tiles
 from datasel.report.plots import Line, signed
@@ -33,17 +33,17 @@ def write_report(directory: pathlib.Path) -> pathlib.Path:
   """
   run = Artefacts(pathlib.Path(directory))
   found, losses = run.read('evaluation.json'), _losses(run)
-  arms, caches = (found.get(key, {}) for key in ('arms', 'cache'))
+  arms, caches, context = (found.get(key, {}) for key in ('arms', 'cache', 'context'))
   asked, timed = (found.get(key, []) for key in ('questions', 'speed'))
   documents = [document for document in found.get('documents', []) if document['arms']]
   content = [
-    *([('The arms', _arms(arms, losses))] if arms else []),
+    *([('The arms', _arms(arms, losses, run.read('config.json')))] if arms else []),
     *([('Held-out losses', _held_out(losses))] if losses else []),
-    *([('Perplexity by context', _contexts(found['context']))] if found.get('context') else []),
+    *([('Perplexity by context', _contexts(context, run.read('config.json')))] if context else []),
     *([('Questions', cache_sections.questions(asked, timed))] if asked else []),
     *([('What the cache holds', cache_sections.growth(documents, caches))] if documents or caches else []),
     *([('What a token sees', cache_sections.masks(documents, arms))] if documents else []),
-    *([('Speed', cache_sections.speed(timed))] if timed else []),
+    *([('Speed', cache_sections.speed(timed, asked))] if timed else []),
     *lm_eval.sections(run),
     ('Caveats', element('ul', *(element('li', said) for said in _CAVEATS))),
     ('Warnings', sections.warnings(run.summary.get('warnings', []))),
@@ -84,12 +84,15 @@ def _lead(found: dict, losses: dict[str, list[dict]]) -> Html:
     shown.append((number(bits[best]), f'bits/byte with {best}, mean over domains'))
     if FULL in bits:
       shown.append((signed(bits[best] - bits[FULL]), 'bits/byte against full attention'))
-  if saved := found.get('cache', {}).get(best):
-    said.append(f'a text that was read leaves {percent(1 - saved["prefix"])} of a full cache')
-    shown.append((percent(saved['prefix']), 'of the cache saved, once a text is read'))
+  documents = [document['arms'][best] for document in found.get('documents', []) if best in document['arms']]
+  if documents and (saved := found.get('cache', {}).get(best)):
+    tokens = sum(one['at'][-1] + 1 for one in documents)
+    of = f'{len(documents)} document{"s" if len(documents) > 1 else ""} of {count(tokens)} tokens'
+    said.append(f'of a full cache, {percent(1 - saved["prefix"])} is left when a text is read ({of} in all)')
+    shown.append((percent(saved['prefix']), f'of the cache saved, once a text is read: {of} in all'))
   if asked := _asked(found.get('questions', []), best, 'evicted'):
     plain = _asked(found['questions'], FULL, 'full', asked)
-    right = lambda row: (f'{percent(row["accuracy"])} (± {100 * row["stderr"]:.1f}) from {count(row["live"])} cache '
+    right = lambda row: (f'{percent(row["accuracy"])} (± {100 * error(row):.1f}) from {count(row["live"])} cache '
                          'entries')
     said.append(f'{asked["shots"]}-shot questions of {asked["set"]} are answered right at {right(asked)}'
                 + (f', against {right(plain)} with full attention' if plain else ''))
@@ -118,7 +121,12 @@ def _asked(rows: Sequence[dict], arm: str, cache: str, like: dict | None = None)
   return max((row for row in own if row['set'] == own[0]['set']), key=lambda row: row['shots'], default=None)
 
 
-def _arms(arms: dict[str, dict], losses: dict[str, list[dict]]) -> Html:
+def _same(whole: bool) -> str:
+  """How far the text of all arms is one: a store with anchor tokens (ac) has other records than one without."""
+  return 'of the same documents' if whole else 'of equally many records of the same corpus, evenly spread'
+
+
+def _arms(arms: dict[str, dict], losses: dict[str, list[dict]], config: dict[str, Any]) -> Html:
   rows = []
   for name, arm in arms.items():
     last = losses[name][-1] if name in losses else None
@@ -131,9 +139,9 @@ def _arms(arms: dict[str, dict], losses: dict[str, list[dict]]) -> Html:
   return Html(table(
     ['arm', 'what closes a segment', 'vocabulary', 'anchors among tokens', 'tokens a segment', 'bits/byte',
      'against full', 'nats/token'], rows, caption='The arms; held-out losses at the last step, means over domains')
-    + paragraph('Compare bits per byte: they are of the same text, and count what an anchor token costs. Nats per '
-                'token cannot be compared where a text has anchor tokens of its own (ac): these are many, and easily '
-                'guessed.'))
+    + paragraph(f'Compare bits per byte: they are {_same(config.get("train.eval_sequences") == 0)}, and count what an '
+                'anchor token costs. Nats per token cannot be compared where a text has anchor tokens of its own (ac): '
+                'these are many, and easily guessed.'))
 
 
 def _rule(arm: dict[str, Any]) -> str:
@@ -171,7 +179,7 @@ def _held_out(losses: dict[str, list[dict]]) -> Html:
     + element('details', element('summary', 'In nats per token'), by_domain('nll', 'nats/token')))
 
 
-def _contexts(context: dict[str, dict]) -> Html:
+def _contexts(context: dict[str, dict], config: dict[str, Any]) -> Html:
   color = colors(context)
   drawn = [(arm if arm == FULL or kind == 'masked' else f'{arm}, no mask', color[arm], kind != 'masked' and arm != FULL,
             sorted((int(length), values) for length, values in of.items()))
@@ -187,9 +195,11 @@ def _contexts(context: dict[str, dict]) -> Html:
   rows = [[f'{name}, {length:,}', *(number(values[key]) for key in ('bits_per_byte', 'nll', 'nll_without_anchors',
                                                                     'ppl'))]
           for name, _, _, of in drawn for length, values in of]
+  longest = max(length for *_, of in drawn for length, _ in of)
+  whole = config.get('anllm.context_sequences') == 0 and config.get('data.length') == longest
   return Html(paragraph(
-    'The same held-out text, cut into windows of each length, each read afresh from its first token. Dashed: the same '
-    'parameters without the mask.') + panels(
+    'Held-out text, the same at each length: cut into windows of it, each read afresh from its first token. What '
+    f'different arms read is {_same(whole)}. Dashed: the same parameters without the mask.') + panels(
       curve('bits_per_byte', 'Bits per byte by context', 'bits/byte', 'Of all that is predicted.'),
       curve('nll_without_anchors', 'Perplexity by context', 'perplexity',
             'Of tokens of the text: anchor tokens of their own (ac) are left out.', math.exp))

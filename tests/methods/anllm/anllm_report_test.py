@@ -70,7 +70,8 @@ def questions_of(rng):
           accuracy = right + 0.01 * shots - 0.03 * (cache == 'evicted') + rng.normal(0, 0.01)
           rows.append({'arm': arm, 'cache': cache, 'set': name, 'shots': shots, 'n': 100, 'accuracy': accuracy,
                        'accuracy_norm': accuracy + 0.01, 'stderr': 0.049, 'chance': 1 / 3, 'prefix_tokens': tokens,
-                       'live': live if cache == 'evicted' else tokens, 'longest': tokens + 90, 'seconds': 4.2})
+                       'live': live if cache == 'evicted' else tokens, 'longest': tokens + 90, 'seconds': 4.2,
+                       'allocated_bytes': shots and (shots * 3 * 2**18 if cache == 'evicted' else 5 * 2**20)})
         if arm != 'full' and shots:
           speed.append({'arm': arm, 'set': name, 'shots': shots, 'prefix_tokens': tokens, 'no_cache': 0.31,
                         'full_cache': 0.065, 'anchor_cache': 0.05 + 0.001 * shots})
@@ -97,7 +98,8 @@ def anllm_run(directory, documents):
   write_lines(directory, [line for arm in ARMS for line in lines_of(arm, rng)])
   workdir.write_json(directory / 'summary.json', {
     'warnings': ['ac: 3% of its segments have 1 token'], 'cost_flops': {f'main-{arm}': 1.5e13 for arm in ARMS}})
-  workdir.write_json(directory / 'config.json', {'method': 'anllm', 'data.length': 512})
+  workdir.write_json(directory / 'config.json', {
+    'method': 'anllm', 'data.length': 512, 'train.eval_sequences': 0, 'anllm.context_sequences': 64})
   return directory
 
 
@@ -117,7 +119,7 @@ def shown(directory):
 
 
 def altered(directory, tmp_path, **evaluation):
-  """The page of a run like that of `directory`, with other parts of evaluation.json; None leaves one out."""
+  """A run like that of `directory`, with other parts of evaluation.json; None leaves one out."""
   run = tmp_path / 'run'
   run.mkdir()
   for path in directory.glob('*.json*'):
@@ -155,6 +157,16 @@ def test_the_arms_are_those_of_the_evaluation_and_their_losses_the_last(director
     assert [*map(number, by_domain[domain])] == pytest.approx(wanted, abs=5e-4)
 
 
+def test_arms_are_said_to_read_the_same_documents_only_where_they_do(found, shown):
+  same, other = 'of the same documents', 'of equally many records of the same corpus, evenly spread'
+  assert f'Compare bits per byte: they are {same}, and' in shown.text  # 0: all, see the run's config
+  assert f'What different arms read is {other}.' in shown.text
+  assert f'they are {other}, and' in report._arms(found['arms'], {}, {'train.eval_sequences': 16})
+  for length, says in ((512, same), (1024, other)):  # windows of 512 leave half of a record of 1,024
+    config = {'data.length': length, 'anllm.context_sequences': 0}
+    assert f'What different arms read is {says}.' in report._contexts(found['context'], config)
+
+
 def test_the_losses_by_context_are_those_measured_with_and_without_the_mask(found, shown):
   rows = shown.rows('Losses by context')
   for arm in ARMS:
@@ -169,6 +181,10 @@ def test_the_losses_by_context_are_those_measured_with_and_without_the_mask(foun
   assert f'ac {plain:.3f}' in alt  # of the text's own tokens: comparable with the other arms
 
 
+def size_of(cache, shots):
+  return '–' if not shots else {'full': '5.00 MiB', 'evicted': {1: '768.0 KiB', 5: '3.75 MiB'}[shots]}[cache]
+
+
 def test_accuracy_stands_beside_the_cache_and_the_time_of_its_run(found, shown):
   for name in ('socialiqa', 'quartz'):
     rows = shown.rows(f'{name}: accuracy, cache and time')
@@ -176,25 +192,56 @@ def test_accuracy_stands_beside_the_cache_and_the_time_of_its_run(found, shown):
     assert len(rows) == len(asked) + 1
     for row in asked:
       how = {'evicted': ', evicted', 'full': '' if row['arm'] == 'full' else ', full cache'}[row['cache']]
-      tokens, live, saved, right, error, _, n, seconds = rows[f'{row["arm"]}{how}, {row["shots"]}-shot']
+      tokens, live, saved, buffers, right, error, _, n, seconds = rows[f'{row["arm"]}{how}, {row["shots"]}-shot']
       assert (number(tokens), number(live), number(n)) == (row['prefix_tokens'], row['live'], 100)
       assert saved == '–' if not row['shots'] else number(saved) == pytest.approx(
         100 * (1 - row['live'] / row['prefix_tokens']), abs=0.05)
       assert number(right) == pytest.approx(100 * row['accuracy'], abs=0.05) and error == '±4.9'
+      assert buffers == size_of(row['cache'], row['shots'])
       timed = {'evicted': 0.05 + 0.001 * row['shots'], 'full': 0.065}[row['cache']]
       assert (seconds == '–') if row['arm'] == 'full' or not row['shots'] else number(seconds) == pytest.approx(timed)
+
+
+@pytest.mark.parametrize('p', [0, 1, 0.5])
+def test_an_accuracy_of_all_or_nothing_has_an_error_too(p):
+  """Wilson 1927, with z = 1: the interval's ends are the q whose own standard error is |p - q|."""
+  n = 12
+  row = {'arm': 'ep', 'cache': 'evicted', 'set': 'quartz', 'shots': 1, 'n': n, 'accuracy': p, 'accuracy_norm': p,
+         'stderr': math.sqrt(p * (1 - p) / (n - 1)), 'chance': 0.5, 'prefix_tokens': 9, 'live': 4,
+         'allocated_bytes': 4096}
+  q = np.linspace(0, 1, 130_001)
+  inside = q[n * (p - q)**2 <= q * (1 - q) + 1e-12]
+  wanted = row['stderr'] if p == 0.5 else (inside[-1] - inside[0]) / 2
+  assert cache_sections.error(row) == pytest.approx(wanted, abs=1e-5) and wanted > 0.03
+  shown = cache_sections.questions([row], [])
+  assert f'>±{100 * wanted:.1f}<' in shown and '>4.0 KiB<' in shown
+  found = {'arms': {'full': {}, 'ep': {}}, 'questions': [row]}
+  assert f'right at {100 * p:.1f}% (± {100 * wanted:.1f})' in report._lead(found, {})
+  assert cache_sections._asked('quartz', [row], {'ep': 'red'}) != cache_sections._asked(
+    'quartz', [row | {'accuracy': p, 'n': 2 * n, 'stderr': row['stderr'] / 2}], {'ep': 'red'})  # bars have it
+
+
+def test_demonstrations_without_an_anchor_are_named(found, shown):
+  said = 'These demonstrations have no anchor'
+  assert said not in shown.text
+  rows = [row | {'live': row['prefix_tokens']} if (row['arm'], row['shots']) == ('ep', 1) else row
+          for row in found['questions'] if row['set'] == 'quartz']
+  [sentence] = re.findall(f'{said}[^<]*', cache_sections.questions(rows, []))
+  assert sentence.endswith(': ep, 1-shot.')
 
 
 def test_a_speed_never_stands_alone(found, shown):
   rows = shown.rows('Seconds a question')
   assert len(rows) == len(found['speed']) + 1
   for row in found['speed']:
-    cells = [*map(number, rows[f'{row["arm"]}, {row["set"]}, {row["shots"]}-shot'])]
+    *cells, full, kept = rows[f'{row["arm"]}, {row["set"]}, {row["shots"]}-shot']
     times = [row[key] for key in ('no_cache', 'full_cache', 'anchor_cache')]
-    assert cells == pytest.approx([row['prefix_tokens'], *times, times[0] / times[2], times[1] / times[2]], abs=5e-3)
+    wanted = [row['prefix_tokens'], *times, times[0] / times[2], times[1] / times[2]]
+    assert [*map(number, cells)] == pytest.approx(wanted, abs=5e-3)
+    assert (full, kept) == (size_of('full', row['shots']), size_of('evicted', row['shots']))
   pair = [alt for alt in shown.alts if alt.startswith('Seconds a question')]
   assert ['no cache;' in alt for alt in pair] == [True, False] and 'a full cache; times faster' in pair[1]
-  slower = cache_sections.speed([found['speed'][0] | {'full_cache': 0.02}])
+  slower = cache_sections.speed([found['speed'][0] | {'full_cache': 0.02}], [])
   assert '×0.39' in slower  # a loss is told as one
 
 
@@ -216,10 +263,12 @@ def test_the_outcome_is_told_whichever_way_it_fell(gain, says):
   rows = [{'arm': arm, 'cache': cache, 'set': 'quartz', 'shots': shots, 'n': 90, 'accuracy': 0.5 + shots / 100,
            'stderr': 0.05, 'live': 9 if cache == 'evicted' else 300}
           for arm, cache in (('full', 'full'), ('ep', 'evicted'), ('ep', 'full')) for shots in (0, 5)]
-  found = {'arms': {'full': {}, 'ep': {}}, 'questions': rows, 'cache': {'ep': {'prefix': 0.94}}}
+  found = {'arms': {'full': {}, 'ep': {}}, 'questions': rows, 'cache': {'ep': {'prefix': 0.94}},
+           'documents': [{'arms': {'ep': {'at': [0, 5, last]}}} for last in (899, 299)] + [{'arms': {}}]}
   said = report._lead(found, {'full': line(0), 'ep': line(gain)})
   assert f'With ep held-out text costs {1 + gain:.3f} bits/byte, {says}' in said and '(1.000)' in said
-  assert 'leaves 6.0% of a full cache' in said
+  assert 'of a full cache, 6.0% is left when a text is read (2 documents of 1,200 tokens in all)' in said
+  assert 'once a text is read: 2 documents of 1,200 tokens in all' in said
   assert '5-shot questions of quartz are answered right at 55.0% (± 5.0) from 9 cache entries' in said
   assert 'against 55.0% (± 5.0) from 300 cache entries with full attention' in said
 

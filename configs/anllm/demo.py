@@ -3,8 +3,12 @@ al. 2024).
 
 Expects:   nothing: it fetches its text, its model and its questions.
 Command:   python -m datasel.main --config=configs/anllm/demo.py --workdir=runs/anllm-demo
-Hardware:  2 CPU cores, 8 GB of memory.
-Outcome:   to be measured.
+Hardware:  2 CPU cores, 6 GB of memory; about an hour with several other programs at work beside it.
+Outcome:   after 49,000 tokens held-out bits per byte are 1.097 with full attention, 1.522 with periods as anchors and
+           1.584 with an anchor token: too few to learn to use them.  Of the cache of three documents 57% and 62% is
+           saved, of five demonstrations 89 to 95%.  Right answers to socialiqa after these: 32% and 26% (each +-7) with
+           the cache evicted, 36% with full attention, chance 33%.  A question takes 1/1.2 to 1/1.5 of the time with a
+           full cache, and 1/2.9 to 1/4.4 of that with none.
 """
 
 from datasel import config as config_lib

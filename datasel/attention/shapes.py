@@ -52,7 +52,7 @@ class Case:
     for b in range(batch):
       for i in range(0, length, 1024):  # a strip at a time: never L x L
         row = slice(i, i + 1024)
-        of = () if segment is None else (segment[b, row, None], segment[b, None])
+        of = () if segment is None else ([segment[b, row, None]], segment[b, None])
         total += int(visible.tile(at[row, None], at[None], *(of or (None, None))).sum())
     return total
 

@@ -243,3 +243,17 @@ def begin(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Sto
   with metrics_lib.Writer(directory, shown) as writer:
     yield Run(config, directory, store, mesh(config.mesh), writer, metrics_lib.Progress(total_flops),
               peak * jax.device_count())
+
+
+def conclude(directory: pathlib.Path, outcome: Callable[[], dict], write_report: Callable[[pathlib.Path], Any]) -> dict:
+  """Writes summary.json, which is what `outcome` gives, and the report; returns the summary, on every process."""
+
+  def write() -> dict:
+    summary = outcome()
+    for warning in summary['warnings']:
+      logging.warning(warning)
+    workdir.write_json(directory / 'summary.json', summary)
+    write_report(directory)
+    return summary
+
+  return processes.from_lead('writing the report', write)

@@ -12,7 +12,6 @@ A stage whose artefact is there is not done again; one that was interrupted goes
 
 import dataclasses
 import functools
-import logging
 import os
 import pathlib
 from typing import Any
@@ -62,19 +61,15 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
     if processes.lead():
       mixture_lib.write(directory / 'mixture.json', build.mixture(section.mixture, store, {}, 'anllm.mixture'))
 
-  def conclude() -> dict:
+  def outcome() -> dict:
     evaluation = _collected(config, directory, found, stores)
     workdir.write_json(directory / 'evaluation.json', evaluation)
     summary = {'arms': {arm.name: _outcome(directory, arm, evaluation) for arm in found},
                'cost_flops': {stage.name: stage.flops for stage in plan.values()},
                'warnings': _warnings(found, evaluation)}
-    for warning in summary['warnings']:
-      logging.warning(warning)
-    workdir.write_json(directory / 'summary.json', summary)
-    write_report(directory)
     return summary
 
-  return processes.from_lead('writing the report', conclude)
+  return build.conclude(directory, outcome, write_report)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:

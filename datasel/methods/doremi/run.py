@@ -55,20 +55,16 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
         build.train_stage(r, _main(config, store, name, config_lib.to_model(config.model)), role='main',
                           init_role='init-main', weights_M=mixture.for_domains(store.domains))
 
-  def conclude() -> dict:
+  def outcome() -> dict:
     summary = {'baseline': baseline.weights, 'tuned': tuned.weights, 'rounds': rounds}
     if config.doremi.train_main:
       lines = {name: metrics.read(directory, f'main-{name}', 'eval') for name in ('baseline', 'tuned')}
       summary['comparison'] = evaluate.compare(lines['tuned'], lines['baseline'])
     summary['warnings'] = warnings(r, tuned)
     summary['cost_flops'] = {stage.name: stage.flops for stage in plan if not stage.name.startswith(not_run)}
-    for warning in summary['warnings']:
-      logging.warning(warning)
-    workdir.write_json(directory / 'summary.json', summary)
-    write_report(directory)
     return summary
 
-  return processes.from_lead('writing the report', conclude)
+  return build.conclude(directory, outcome, write_report)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:

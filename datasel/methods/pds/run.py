@@ -14,7 +14,6 @@ drawn again from the scores, to the same bits.
 """
 
 import dataclasses
-import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from datasel import build, evaluate, metrics, objectives, pretrained, processes, row_values, sharding, workdir
+from datasel import build, evaluate, metrics, objectives, pretrained, processes, row_values, sharding
 from datasel import config as config_lib
 from datasel.data import mixture as mixture_lib
 from datasel.data import selection as selections
@@ -69,16 +68,12 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
       build.train_stage(dataclasses.replace(r, store=view), plan[f'main-{name}'], role='main', init_role='init-main',
                         weights_M=_natural(view), also_evaluate=_target_loss(r, plan[f'main-{name}'], target))
 
-  def conclude() -> dict:
+  def outcome() -> dict:
     summary = _outcome(config, directory, store, target, scored, fitted.held_out, scores)
     summary['cost_flops'] = {stage.name: stage.flops for stage in plan.values()}
-    for warning in summary['warnings']:
-      logging.warning(warning)
-    workdir.write_json(directory / 'summary.json', summary)
-    write_report(directory)
     return summary
 
-  return processes.from_lead('writing the report', conclude)
+  return build.conclude(directory, outcome, write_report)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:

@@ -9,7 +9,7 @@ import pathlib
 
 import ml_collections
 
-from datasel import build, metrics, objectives, processes, workdir
+from datasel import build, metrics, objectives, processes
 from datasel import config as config_lib
 from datasel.data import mixture as mixture_lib
 from datasel.data.store import Store
@@ -26,14 +26,12 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
       mixture_lib.write(directory / 'mixture.json', mixture)
     build.train_stage(r, stage, role='main', init_role='init-main', weights_M=mixture.for_domains(store.domains))
 
-  def conclude() -> dict:
+  def outcome() -> dict:
     summary = {'final': metrics.read(directory, 'main', 'eval')[-1], 'cost_flops': {'main': stage.flops},
                'warnings': []}
-    workdir.write_json(directory / 'summary.json', summary)
-    write_report(directory)
     return summary
 
-  return processes.from_lead('writing the report', conclude)
+  return build.conclude(directory, outcome, write_report)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:

@@ -87,18 +87,14 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
       # They share their initialisation and their steps: they differ by the text alone.
       _train(r, plan[f'main-{name}'], own, role='main', init_role='init-main')
 
-  def conclude() -> dict:
+  def outcome() -> dict:
     summary = _outcome(config, directory, raw, taught, outputs, store)
     made = {name: directory / name / 'stage.json' for name in plan}
     summary['cost_flops'] = {name: workdir.read_json(path)['flops'] for name, path in made.items() if path.exists()} | {
       'refining': audit.flops(outputs['prox'].statistics['total'], refiners['prox'].flops_per_token)}
-    for warning in summary['warnings']:
-      logging.warning(warning)
-    workdir.write_json(directory / 'summary.json', summary)
-    write_report(directory)
     return summary
 
-  return processes.from_lead('writing the report', conclude)
+  return build.conclude(directory, outcome, write_report)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:

@@ -11,7 +11,6 @@ A stage whose artefact is there is not done again; one that was interrupted goes
 """
 
 import functools
-import logging
 import pathlib
 from typing import Any
 
@@ -54,20 +53,16 @@ def run(config: ml_collections.ConfigDict, directory: pathlib.Path, store: Store
       build.train_stage(r, _main(config, store, name), role='main', init_role='init-main',
                         weights_M=Mixture(weights).for_domains(store.domains))
 
-  def conclude() -> dict:
+  def outcome() -> dict:
     summary = {'wish': dict(wish.targets), 'tuned': proposal['weights'],
                'baseline': proposal['compared']['prior']['weights'], 'weights': trained,
                'warnings': study.warnings(found)}
     if config.regmix.train_main:
       summary |= _outcome(directory, trained, wish)
     summary['cost_flops'] = {stage.name: stage.flops for stage in plan}
-    for warning in summary['warnings']:
-      logging.warning(warning)
-    workdir.write_json(directory / 'summary.json', summary)
-    write_report(directory)
     return summary
 
-  return processes.from_lead('writing the report', conclude)
+  return build.conclude(directory, outcome, write_report)
 
 
 def stages(config: ml_collections.ConfigDict, store: Store) -> list[build.Stage]:

@@ -13,4 +13,5 @@ make_environment "$environment/venv" "$extras"
 
 cd "$repo"
 "$environment/venv/bin/ruff" check .
-"$environment/venv/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# A test process that crashes ends the run: pytest-xdist may wait for ever for one that it starts in its place.
+"$environment/venv/bin/python" -m pytest -n 2 --dist loadfile --max-worker-restart 0 "$@"

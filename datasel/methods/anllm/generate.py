@@ -8,7 +8,7 @@ demonstrations of a task) is read once and then stands before any number of ques
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -111,6 +111,11 @@ class AnchorGenerator(Generator):
     for n, prompt in enumerate(prompts if protected is not None else ()):
       self._check_protected(f'prompt {n}', np.asarray(prompt), protected[n])
     return Generator.__call__(self._after(prefix, protected), prompts, **settings)
+
+  def stream(self, prompts: Iterable[Sequence[int]], *, prefix: Prefix | None = None,
+             **settings: Any) -> Iterator[tuple[int, Generated]]:
+    """As `Generator.stream`, of prompts after `prefix`."""
+    return Generator.stream(self if prefix is None else self._after(prefix, None), prompts, **settings)
 
   def score(self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[Sequence[int]]], *,
             prefix: Prefix | None = None) -> list[list[np.ndarray]]:

@@ -104,8 +104,9 @@ def test_a_prefix_read_once_stands_before_every_prompt(shape):
   assert prefix.allocated_bytes == slot_bytes(EP) * prefix.cache.room.slots
   assert dataclasses.astuple(prefix.cache.room) == (4, 16, 16)
   asked = prompts((2, 8, 1, 15, 5), seed=4)
-  for _ in range(2):
-    for prompt, got in zip(asked, ours(asked, max_new_tokens=8, prefix=prefix), strict=True):
+  streamed = dict(ours.stream(iter(asked), max_new_tokens=8, prefix=prefix))
+  for results in (ours(asked, max_new_tokens=8, prefix=prefix), [streamed[n] for n in range(len(asked))]):
+    for prompt, got in zip(asked, results, strict=True):
       check(EP, [*text, *prompt], got, kept)
   given = [prompts((1, 6), seed=n) for n in range(len(asked))]
   for prompt, row, scores in zip(asked, given, ours.score(asked, given, prefix=prefix), strict=True):

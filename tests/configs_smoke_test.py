@@ -5,7 +5,6 @@ import logging
 import math
 import pathlib
 
-import compilation
 import pytest
 
 from datasel import config as config_lib
@@ -22,13 +21,12 @@ pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarni
 
 
 @pytest.fixture(scope='module', autouse=True)
-def shared_caches(tmp_path_factory):
-  """One corpus and one cache of compiled programs for all runs; logging is put back as it was."""
-  folder = tmp_path_factory.mktemp('caches')
+def shared_corpus(tmp_path_factory):
+  """One corpus for all runs; logging is put back as it was."""
   root = logging.getLogger()
   handlers, level = root.handlers[:], root.level
-  with pytest.MonkeyPatch.context() as patch, compilation.kept_in(folder / 'compiled'):
-    patch.setenv('DATASEL_CACHE', str(folder / 'datasel'))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('DATASEL_CACHE', str(tmp_path_factory.mktemp('datasel')))
     yield
   root.handlers[:] = handlers
   root.setLevel(level)

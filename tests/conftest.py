@@ -6,6 +6,7 @@ tests/gpu/ is for a GPU: it is collected only where JAX_PLATFORMS=cuda says so, 
 import gc
 import os
 import pathlib
+import tempfile
 
 # Before jax is imported anywhere.  Tests that use several devices block on every step: two cores cannot run four
 # devices' collectives of several steps at once without a deadlock.
@@ -17,6 +18,9 @@ if not ON_GPU:
   os.environ['XLA_FLAGS'] = (f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=4 '
                              '--xla_backend_optimization_level=0')
   collect_ignore = ['gpu']
+  # A program is compiled once for all tests and the processes that they start.
+  COMPILED = tempfile.TemporaryDirectory(prefix='datasel-compiled-')
+  os.environ |= {'JAX_COMPILATION_CACHE_DIR': COMPILED.name, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

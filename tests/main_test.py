@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 
-import compilation
 import pytest
 import small_run
 
@@ -15,12 +14,6 @@ from datasel.methods.pretrain import run as pretrain
 
 # ml_collections loads a config file by it.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

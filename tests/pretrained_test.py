@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import compilation
 import jax
 import numpy as np
 import pytest
@@ -22,12 +21,6 @@ from datasel import export, load, main, metrics, pretrained, workdir
 from datasel.data import demo, demo_archives, tokenizer
 
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

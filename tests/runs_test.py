@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-import compilation
 import pytest
 import small_run
 
@@ -30,9 +29,8 @@ def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp('made')
   config = small_run.write_config(folder / 'config.py', small_run.make_store(folder))
   different = ['--config.seed=1', '--config.pretrain.mixture=uniform', '--config.optimizer.peak_lr=0.01']
-  with compilation.kept_in(folder / 'compiled'):
-    for name, keys in (('a', []), ('deeper/b', different)):
-      assert main.main([f'--config={config}', f'--workdir={folder / "runs" / name}', *keys]) == 0
+  for name, keys in (('a', []), ('deeper/b', different)):
+    assert main.main([f'--config={config}', f'--workdir={folder / "runs" / name}', *keys]) == 0
   return folder
 
 

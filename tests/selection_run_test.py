@@ -3,7 +3,6 @@
 import shutil
 import signal
 
-import compilation
 import numpy as np
 import pytest
 import small_run
@@ -15,12 +14,6 @@ from datasel.data.store import Store
 
 # ml_collections loads a config file by it.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,6 @@ import math
 import shutil
 import types
 
-import compilation
 import jax
 import numpy as np
 import pytest
@@ -21,9 +20,8 @@ EPOCHS = {'email': 1.0, 'json': 2.0, 'pydocs': 0.5}
 
 
 @pytest.fixture(scope='module', autouse=True)
-def one_quick_device(tmp_path_factory):
-  """One device, and programs that are compiled once for all runs here."""
-  with pytest.MonkeyPatch.context() as patch, compilation.kept_in(tmp_path_factory.mktemp('compiled')):
+def one_device():
+  with pytest.MonkeyPatch.context() as patch:
     patch.setattr(build, 'mesh', lambda section: sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     yield
 

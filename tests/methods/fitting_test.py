@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 
-import compilation
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -35,12 +34,6 @@ MOMENTS = {
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
   return small_store.make(tmp_path_factory.mktemp('store'))
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 def fit(directory, store, rows, gamma_N, *, whole_mesh=False, backbone=None, checkpoint_every=1000, **changed):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 
-import compilation
 import jax
 import ml_collections
 import numpy as np
@@ -40,12 +39,6 @@ def get_config(arg=''):
     config.pds.quotas = 'pydocs=0.3'
   return config.lock()
 '''
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

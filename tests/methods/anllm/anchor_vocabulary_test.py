@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pydoc_data.topics
 
-import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,12 +18,6 @@ TEXT = pydoc_data.topics.topics['assert']
 MODEL = Mistral(vocab_size=399, n_layers=1, d_model=16, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=32)
 MODELS = {'untied': MODEL, 'tied': dataclasses.replace(MODEL, tied=True),
           'with rows to spare': dataclasses.replace(MODEL, vocab_size=410)}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,6 @@
 import json
 import pydoc_data.topics
 
-import compilation
 import jax
 import numpy as np
 import pytest
@@ -41,12 +40,6 @@ def get_config(arg=''):
   return config.lock()
 '''
 ARMS = ('full', 'ac', 'ep-sees-bos')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -3,7 +3,6 @@
 import json
 import pydoc_data.topics
 
-import compilation
 import pytest
 import small_run
 
@@ -36,12 +35,6 @@ def get_config(arg=''):
   return config.lock()
 '''
 MENU = ['Home', 'Products', 'About us', 'Contact']
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 def write_corpus(folder):

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 
-import compilation
 import jax
 import numpy as np
 import pytest
@@ -19,12 +18,6 @@ from datasel.methods.prox import rows as rows_lib
 from datasel.methods.prox.chunks import Chunk
 from datasel.methods.prox.examples import Example
 from datasel.methods.prox.templates import Prompts
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

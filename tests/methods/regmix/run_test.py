@@ -2,7 +2,6 @@
 
 import hashlib
 
-import compilation
 import numpy as np
 import pytest
 import small_run
@@ -32,12 +31,6 @@ def get_config(arg=''):
     config.regmix.rounds, config.regmix.added = 2, 3
   return config.lock()
 '''
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 
-import compilation
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,12 +59,6 @@ def at(n, action):
 
 def kill():
   raise Killed
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-  with compilation.kept_in(tmp_path_factory.mktemp('compiled')):
-    yield
 
 
 @pytest.fixture(scope='module')

@@ -341,8 +341,8 @@ def model(preset: str) -> ml_collections.ConfigDict:
 
 
 def finish(config: ml_collections.ConfigDict, arg: str) -> ml_collections.ConfigDict:
-  """Applies the part of `--config=FILE:ARG` after the colon: nothing, or 'smoke' for a form that ends in a minute or two
-  on a CPU: the offline corpus, a tiny model, a few steps, the method's settings otherwise unchanged."""
+  """Applies the part of `--config=FILE:ARG` after the colon: nothing, or 'smoke' for a form that ends in a minute or
+  two on a CPU: the offline corpus, a tiny model, a few steps, the method's settings otherwise unchanged."""
   if arg not in ('', 'smoke'):
     raise ValueError(f"unknown config argument {arg!r} after the colon; known: 'smoke', or nothing")
   if arg == 'smoke':

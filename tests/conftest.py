@@ -41,7 +41,7 @@ def room_to_compile():
   """
   yield
   limit, maps = (pathlib.Path(name) for name in ('/proc/sys/vm/max_map_count', '/proc/self/maps'))
-  if limit.exists() and maps.read_bytes().count(b'\n') > int(limit.read_text()) / 2:
+  if limit.exists() and maps.read_bytes().count(b'\n') > int(limit.read_text()) / 4:
     jax.clear_caches()
     gc.collect()
 

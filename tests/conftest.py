@@ -18,7 +18,7 @@ if not ON_GPU:
   os.environ['XLA_FLAGS'] = (f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=4 '
                              '--xla_backend_optimization_level=0')
   collect_ignore = ['gpu']
-  # A program is compiled once for all tests and the processes that they start.
+  # A program is compiled once for all tests of this process, and for those that they start in its environment.
   COMPILED = tempfile.TemporaryDirectory(prefix='datasel-compiled-')
   os.environ |= {'JAX_COMPILATION_CACHE_DIR': COMPILED.name, 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 

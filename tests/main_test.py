@@ -136,7 +136,8 @@ def test_the_resolved_config_is_printed(run, tmp_path):
 
 def test_an_interrupted_run_exits_as_one_that_was_terminated(run, tmp_path, monkeypatch):
   def interrupted(config, directory, store):
-    raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background ignores it
+    signal.raise_signal(signal.SIGINT)
 
   monkeypatch.setattr(pretrain, 'run', interrupted)
   status, printed = run(tmp_path / 'run')
